@@ -1,0 +1,1 @@
+"""Generalized Focal Loss detectors in JAX."""

@@ -1,0 +1,191 @@
+"""The experiment as one frozen value; every field can be changed on the command line."""
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import tyro
+
+from gfl_jax.data.shapes import Shapes
+from gfl_jax.detectors.dense import Detector
+from gfl_jax.models.network import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where images and boxes come from and how they reach the network.
+
+    source: 'shapes' (made on the spot), 'coco' (a COCO-format folder) or the name of a tfds dataset
+        prepared as array_record, such as 'coco/2017'.
+    root: folder of the data set ('coco'), of tfds's data ('coco/2017'), or empty for 'shapes'.
+    train_annotations, train_images, val_annotations, val_images: json files and image folders,
+        relative to root.  For a tfds dataset val_annotations may name the original json.
+    shapes: contents of the 'shapes' data set.
+    cache_dir: where prepared data is kept.
+    on_error: 'raise' stops at bad input; 'skip' leaves it out, counts it and lists it.
+    scale: images are resized keeping their ratio to fit these (long, short) sides, in pixels.
+    multi_scale: smallest and largest short side in training, drawn once a batch; empty for one scale.
+    canvases: (height, width) of the landscape canvases, small to large, multiples of 32; portrait
+        ones are their mirrors. Empty: the one that holds `scale`.
+    flip: probability of a horizontal flip in training.
+    workers: processes that prepare batches; 0 uses threads of the training process.
+    """
+
+    source: str = "coco"
+    root: str = ""
+    train_annotations: str = "annotations/instances_train2017.json"
+    train_images: str = "train2017"
+    val_annotations: str = "annotations/instances_val2017.json"
+    val_images: str = "val2017"
+    shapes: Shapes = Shapes()
+    cache_dir: str = "~/.cache/gfl_jax"
+    on_error: Literal["raise", "skip"] = "raise"
+    scale: tuple[int, int] = (1333, 800)
+    multi_scale: tuple[int, int] | None = None
+    canvases: tuple[tuple[int, int], ...] = ()
+    flip: float = 0.5
+    workers: int = 4
+
+    def __post_init__(self):
+        if self.scale[0] < self.scale[1] or self.scale[1] < 32:
+            raise ValueError(f"data.scale is {self.scale}; give (long, short) sides, short >= 32")
+        if self.multi_scale and not 32 <= self.multi_scale[0] <= self.multi_scale[1] <= self.scale[1]:
+            raise ValueError(
+                f"data.multi_scale is {self.multi_scale}; give (smallest, largest) short sides "
+                f"between 32 and {self.scale[1]}, the short side of data.scale"
+            )
+        for canvas in self.canvases:
+            if canvas[0] % 32 or canvas[1] % 32 or canvas[0] > canvas[1]:
+                raise ValueError(
+                    f"data.canvases has {canvas}; give (height, width) with height <= width, both "
+                    "multiples of 32"
+                )
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"data.flip is {self.flip}; it is a probability")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """The schedule. SGD in PyTorch's form: v = momentum v + g + weight_decay p; p -= lr v.
+
+    batch_size: images a step over all devices.
+    lr: for a batch of 16; scaled by batch_size / 16.
+    epochs, milestones: length, and epochs after which the rate is multiplied by 0.1.
+    warmup_steps, warmup_factor: linear rise of the rate from warmup_factor * lr.
+    clip_norm: largest norm of the whole gradient; 0 for no clipping.
+    ema_decay: of an average of the parameters that is evaluated instead; 0 for none.
+    mapping: how the step is laid over devices.
+    eval_every: epochs between evaluations, 0 for the last only.
+    checkpoint_every: steps between checkpoints, 0 for every epoch.
+    log_every: steps between entries of the metrics files.
+    seed: of initial weights, batches and augmentation.
+    """
+
+    batch_size: int = 16
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    epochs: int = 12
+    milestones: tuple[int, ...] = (8, 11)
+    warmup_steps: int = 500
+    warmup_factor: float = 0.001
+    clip_norm: float = 0.0
+    ema_decay: float = 0.0
+    mapping: Literal["pmap", "shard_map"] = "pmap"
+    eval_every: int = 1
+    checkpoint_every: int = 0
+    log_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in ("batch_size", "epochs", "lr", "log_every"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"train.{field} is {getattr(self, field)}; it must be positive")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"train.ema_decay is {self.ema_decay}; it must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that determines a run."""
+
+    model: Model = Model()
+    detector: Detector = Detector()
+    data: Data = Data()
+    train: Train = Train()
+
+
+def load_experiment(path: str | Path) -> Experiment:
+    """The value named `experiment` of a config file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file defines no Experiment of that name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = ", ".join(sorted(p.as_posix() for p in Path("configs").glob("*.py")))
+        raise FileNotFoundError(f"no config file {path}; there are: {known or 'none in configs/'}")
+    experiment = runpy.run_path(str(path)).get("experiment")
+    if not isinstance(experiment, Experiment):
+        raise ValueError(f"{path} must define `experiment = Experiment(...)`, found {experiment!r}")
+    return experiment
+
+
+def to_dict(value: Any) -> Any:
+    """A config value as plain JSON: dataclasses as objects, tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(value)))
+
+
+def from_dict(kind: Any, value: Any) -> Any:
+    """The inverse of `to_dict`.
+
+    Args:
+        kind: the type to build, a dataclass or the type of one of its fields.
+        value: JSON of it. Fields that are absent take their defaults.
+
+    Raises:
+        ValueError: a field that the dataclass does not have.
+    """
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        if unknown := set(value) - set(hints):
+            raise ValueError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
+        return kind(**{name: from_dict(hints[name], item) for name, item in value.items()})
+    if isinstance(value, list):
+        return tuple(from_dict(None, item) for item in value)
+    return value
+
+
+def parse_command_line(
+    arguments: list[str], default: str, doc: str | None = None
+) -> tuple[Experiment, Path]:
+    """Reads `[CONFIG] [--workdir W] [--any.field VALUE ...]`.
+
+    Args:
+        arguments: of the command line.
+        default: the config file taken if none is named.
+        doc: help text.
+
+    Returns:
+        The experiment and the work directory, `runs/<name of the config>` unless named.
+    """
+    named = bool(arguments) and not arguments[0].startswith("-")
+    config = Path(arguments[0] if named else default)
+
+    @dataclasses.dataclass(frozen=True)
+    class CommandLine(Experiment):
+        workdir: str = f"runs/{config.stem}"
+
+    base = load_experiment(config)
+    fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+    parsed = tyro.cli(
+        CommandLine,
+        default=CommandLine(**fields),
+        args=arguments[named:],
+        description=doc,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return Experiment(**{name: getattr(parsed, name) for name in fields}), Path(parsed.workdir)

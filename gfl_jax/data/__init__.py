@@ -1,0 +1,1 @@
+"""Data: datasets in the COCO format, their augmentation and their batching."""

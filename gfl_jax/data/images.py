@@ -1,0 +1,180 @@
+"""Image geometry on numpy arrays: decode, resize, flip, pad, and the same moves for boxes.
+
+Boxes are float32 [n, 4] as (x1, y1, x2, y2) in pixels, x to the right and y down, with (0, 0) at
+the top-left corner of the top-left pixel. Sizes are (height, width) in pixels.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import TypeVar
+
+import cv2
+import numpy as np
+
+IntOrArray = TypeVar("IntOrArray", int, np.ndarray)
+
+# In entropy-coded JPEG data 0xFF is followed by a stuffed zero or a restart marker (D0..D7).
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
+_JPEG_EXIF = 0xE1
+_JPEG_END = 0xD9
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+class ImageSizeError(ValueError):
+    """An image is not of the size its annotation states."""
+
+
+def decode(data: bytes, size: tuple[int, int] | None = None, name: str = "") -> np.ndarray:
+    """Decodes an encoded image (JPEG, PNG, ...) to 8-bit RGB.
+
+    Grey, palette and CMYK images become RGB, alpha is dropped, 16 bits become the upper 8. An
+    image with an EXIF orientation is turned upright, as the reference does, unless only the
+    unturned image has the annotated size: then the boxes were drawn on that one.
+
+    Args:
+        data: the bytes of the image file.
+        size: the annotated (height, width), which the image must have; None takes any.
+        name: the file's name, for error messages.
+
+    Returns:
+        uint8 [height, width, 3].
+
+    Raises:
+        ImageSizeError: neither reading of the image has the annotated size.
+        ValueError: the data are truncated or not an image.
+    """
+    if _is_jpeg(data) and _JPEG_END not in (marker for marker, _ in _jpeg_segments(data)):
+        # Some OpenCV versions fill what is missing with grey and say nothing.
+        raise ValueError(f"{name or 'image'}: truncated JPEG file (no end-of-image marker)")
+    image = _imdecode(data, cv2.IMREAD_COLOR, name)
+    if size is not None and image.shape[:2] != tuple(size):
+        turned, image = (
+            image,
+            _imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION, name),
+        )
+        if image.shape[:2] != tuple(size):
+            height, width = turned.shape[:2]
+            raise ImageSizeError(
+                f"{name or 'image'}: the annotations state width x height {size[1]} x {size[0]}, "
+                f"the file has {width} x {height}"
+            )
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def image_size(data: bytes, name: str = "") -> tuple[int, int]:
+    """Returns the (height, width) that `decode` gives, from the header alone where it can.
+
+    Args:
+        data: the bytes of the image file.
+        name: the file's name, for error messages.
+
+    Raises:
+        ValueError: the data are truncated or not an image.
+    """
+    if _is_jpeg(data):
+        for marker, start in _jpeg_segments(data):
+            if marker == _JPEG_EXIF and data[start + 2 : start + 6] == b"Exif":
+                break  # may be turned: let OpenCV say
+            if marker in _JPEG_FRAMES:
+                height, width = data[start + 3 : start + 5], data[start + 5 : start + 7]
+                return int.from_bytes(height, "big"), int.from_bytes(width, "big")
+    height, width, _ = decode(data, name=name).shape
+    return height, width
+
+
+def resized_size(
+    height: IntOrArray, width: IntOrArray, long_side: int, short_side: int
+) -> tuple[IntOrArray, IntOrArray]:
+    """Returns the largest (height, width) of the same ratio within the limits of both sides.
+
+    Args:
+        height: of the image, in pixels; or an array of heights.
+        width: likewise.
+        long_side: limit of the longer side, in pixels.
+        short_side: limit of the shorter side, in pixels.
+    """
+    longer, shorter = np.maximum(height, width), np.minimum(height, width)
+    scale = np.minimum(long_side / longer, short_side / shorter)
+    new_height, new_width = (height * scale + 0.5), (width * scale + 0.5)
+    return np.maximum(new_height.astype(int), 1), np.maximum(new_width.astype(int), 1)
+
+
+def resize_keep_ratio(
+    image: np.ndarray, long_side: int, short_side: int
+) -> tuple[np.ndarray, tuple[float, float]]:
+    """Resizes an image to `resized_size`: bilinear, half-pixel centres, rounded to uint8.
+
+    Args:
+        image: uint8 [height, width, 3].
+        long_side: limit of the longer side, in pixels.
+        short_side: limit of the shorter side, in pixels.
+
+    Returns:
+        The resized image and (scale_x, scale_y) = new / old width and height; the two differ a
+        little because each new side is a whole number.
+    """
+    height, width = image.shape[:2]
+    new_height, new_width = map(int, resized_size(height, width, long_side, short_side))
+    resized = cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_LINEAR)
+    return resized, (new_width / width, new_height / height)
+
+
+def scale_boxes(boxes: np.ndarray, scale: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
+    """Scales boxes with their image and clips them to it.
+
+    Args:
+        boxes: float32 [n, 4] in pixels of the image before resizing.
+        scale: (scale_x, scale_y) of `resize_keep_ratio`.
+        size: (height, width) of the resized image.
+
+    Returns:
+        float32 [n, 4]; boxes that lie outside the image lose their area but stay.
+    """
+    height, width = size
+    limits = np.array([width, height, width, height], np.float32)
+    return np.clip(boxes * np.array([*scale, *scale], np.float32), 0, limits)
+
+
+def flip(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mirrors an image [height, width, 3] and its boxes [n, 4] left to right."""
+    width = np.float32(image.shape[1])
+    x1, y1, x2, y2 = boxes.T
+    return np.ascontiguousarray(image[:, ::-1]), np.stack([width - x2, y1, width - x1, y2], axis=1)
+
+
+def pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Pads an image [h, w, 3] with zeros at the bottom and right to [height, width, 3].
+
+    Raises:
+        ValueError: the image is larger than that.
+    """
+    h, w = image.shape[:2]
+    if h > height or w > width:
+        raise ValueError(f"an image of {h} x {w} (height x width) exceeds {height} x {width}")
+    return np.pad(image, ((0, height - h), (0, width - w), (0, 0)))
+
+
+def _imdecode(data: bytes, flags: int, name: str) -> np.ndarray:
+    """Decodes to uint8 BGR [height, width, 3], or raises a ValueError that names the file."""
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:  # empty data, or larger than OpenCV allows
+        image = None
+    if image is None:
+        raise ValueError(f"{name or 'image'}: truncated or not an image ({len(data)} bytes)")
+    return image
+
+
+def _is_jpeg(data: bytes) -> bool:
+    return data.startswith(b"\xff\xd8")
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yields (marker, position after the marker) of each JPEG segment up to the end of image."""
+    position = 2
+    while match := _JPEG_MARKER.search(data, position):
+        marker, start = data[match.end() - 1], match.end()
+        yield marker, start
+        if marker == _JPEG_END:
+            return
+        position = start + int.from_bytes(data[start : start + 2], "big")

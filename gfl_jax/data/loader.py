@@ -1,0 +1,141 @@
+"""Opens the data of an experiment and feeds planned batches through Grain workers."""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import grain.python as grain
+import numpy as np
+from absl import flags
+
+from gfl_jax.config import Data
+from gfl_jax.data import images
+from gfl_jax.data.coco import CocoFolder, PreparedSplit, open_tfds, prepare
+from gfl_jax.data.plan import BatchPlan, canvases_of
+from gfl_jax.data.shapes import make_shapes
+from gfl_jax.detectors.dense import Batch
+
+MIN_SIDE = 32
+"""Smaller images are not trained on, as in the reference."""
+
+
+class HostBatch(NamedTuple):
+    """A batch in host memory and the ids of its images."""
+
+    batch: Batch
+    image_ids: np.ndarray
+
+
+def open_split(data: Data, split: str) -> PreparedSplit:
+    """Opens the 'train' or 'val' split of an experiment; makes and prepares it first if need be.
+
+    Raises:
+        gfl_jax.data.coco.DataError: faulty data, every problem named.
+        ValueError: a data set that was not named.
+    """
+    cache = Path(data.cache_dir).expanduser()
+    if data.source == "shapes":
+        name = f"shapes-{data.shapes.num_train}-{data.shapes.num_val}-" + "x".join(
+            map(str, (*data.shapes.image_size, data.shapes.seed))
+        )
+        root = make_shapes(Path(data.root).expanduser() if data.root else cache / name, data.shapes)
+        folder = CocoFolder(root / "annotations" / f"instances_{split}.json", root / split)
+        return prepare(folder, cache, data.on_error)
+    if not data.root:
+        raise ValueError("data.root is empty: name the data set's folder with --data.root FOLDER")
+    root = Path(data.root).expanduser()
+    if data.source == "coco":
+        annotations, folder = {
+            "train": (data.train_annotations, data.train_images),
+            "val": (data.val_annotations, data.val_images),
+        }[split]
+        return prepare(CocoFolder(root / annotations, root / folder), cache, data.on_error)
+    annotations = root / data.val_annotations if split == "val" and data.val_annotations else None
+    name = {"train": "train", "val": "validation"}[split]
+    exists = annotations is not None and annotations.is_file()
+    return open_tfds(data.source, name, root, cache, annotations if exists else None)
+
+
+def train_plan(data: Data, split: PreparedSplit, batch_size: int, seed: int) -> BatchPlan:
+    """Batches of the images that have objects, shuffled anew every epoch."""
+    usable = (split.num_boxes > 0) & (split.sizes.min(1) >= MIN_SIDE)
+    return BatchPlan(
+        sizes=split.sizes,
+        indices=np.flatnonzero(usable),
+        batch_size=batch_size,
+        scale=data.scale,
+        canvases=canvases_of(data.scale, data.canvases),
+        multi_scale=data.multi_scale,
+        flip=data.flip,
+        shuffle=True,
+        seed=seed,
+    )
+
+
+def eval_plan(data: Data, split: PreparedSplit, batch_size: int, limit: int = 0) -> BatchPlan:
+    """Batches of all images (the first `limit` ones, if not 0) in order."""
+    return BatchPlan(
+        sizes=split.sizes,
+        indices=np.arange(len(split.sizes))[: limit or None],
+        batch_size=batch_size,
+        scale=data.scale,
+        canvases=canvases_of(data.scale),
+    )
+
+
+def load_batch(step: int, *, plan: BatchPlan, split: PreparedSplit, max_boxes: int) -> HostBatch:
+    """Decodes, resizes, flips and pads the images of a step; keeps boxes that are ground truth."""
+    slots = plan(step)
+    size = len(slots.images)
+    batch = Batch(
+        images=np.zeros((size, *slots.canvas, 3), np.uint8),
+        sizes=np.zeros((size, 2), np.int32),
+        scales=np.ones((size, 2), np.float32),
+        boxes=np.zeros((size, max_boxes, 4), np.float32),
+        labels=np.zeros((size, max_boxes), np.int32),
+        box_mask=np.zeros((size, max_boxes), bool),
+        image_mask=slots.real,
+    )
+    for slot, index in enumerate(slots.images):
+        record = split.source[int(index)]
+        stated = (record["height"], record["width"])
+        image = images.decode(record["image"], stated, record["filename"])
+        image, scale = images.resize_keep_ratio(image, plan.scale[0], slots.short_side)
+        height, width = image.shape[:2]
+        keep = ~(record["crowd"] | record["ignore"])
+        boxes = images.scale_boxes(record["boxes"][keep], scale, (height, width))
+        if slots.flip[slot]:
+            image, boxes = images.flip(image, boxes)
+        batch.images[slot, :height, :width] = image
+        batch.sizes[slot] = height, width
+        batch.scales[slot] = scale
+        if slots.real[slot]:
+            batch.boxes[slot, : len(boxes)] = boxes
+            batch.labels[slot, : len(boxes)] = record["labels"][keep]
+            batch.box_mask[slot, : len(boxes)] = True
+    return HostBatch(batch, split.image_ids[slots.images])
+
+
+def max_boxes_of(split: PreparedSplit) -> int:
+    """The number of objects every image is padded to: that of the fullest one, up to eight more."""
+    return int(-(-max(split.num_boxes.max(), 1) // 8) * 8)
+
+
+def batches(
+    plan: BatchPlan, split: PreparedSplit, steps: range, workers: int, max_boxes: int | None = None
+) -> Iterator[HostBatch]:
+    """The batches of these steps, prepared ahead by `workers` processes (0: by threads)."""
+    load = functools.partial(
+        load_batch, plan=plan, split=split, max_boxes=max_boxes or max_boxes_of(split)
+    )
+    if not len(steps):
+        return iter(())
+    dataset = grain.MapDataset.range(steps.start, steps.stop).map(load)
+    read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    iterable = dataset.to_iter_dataset(read)
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags
+        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(iterable)

@@ -1,0 +1,119 @@
+"""Which images, at which scale and on which canvas, make up each batch: a pure function of the seed.
+
+Every host computes the same plan, every image is seen exactly once an epoch, and one integer, the
+step, says where a run is.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from gfl_jax.data.images import resized_size
+
+
+class Slots(NamedTuple):
+    """A batch as the plan sees it.
+
+    images: index of the image in each slot.  real: False where a slot only fills the batch with an
+    image that is counted elsewhere.  flip: which images are mirrored.  short_side: limit of the
+    shorter side.  canvas: height and width.
+    """
+
+    images: np.ndarray
+    real: np.ndarray
+    flip: np.ndarray
+    short_side: int
+    canvas: tuple[int, int]
+
+
+def canvases_of(
+    scale: tuple[int, int], landscape: tuple[tuple[int, int], ...] = ()
+) -> tuple[tuple[int, int], ...]:
+    """Landscape canvases and their mirrors, by area; the one that holds `scale` if none is given."""
+    long_side, short_side = (-(-side // 32) * 32 for side in scale)
+    landscape = landscape or ((short_side, long_side),)
+    both = {*landscape, *((width, height) for height, width in landscape)}
+    return tuple(sorted(both, key=lambda canvas: (canvas[0] * canvas[1], canvas)))
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """The batches of a run.
+
+    sizes: (height, width) of every image, int [N, 2].  indices: the images that take part.
+    batch_size: over all devices and hosts.  scale: limits of the (long, short) sides.
+    canvases: see `canvases_of`.  multi_scale: range of the short side, drawn once a batch.
+    flip: its probability.  shuffle: False for evaluation, in the order of `indices`.
+    """
+
+    sizes: np.ndarray
+    indices: np.ndarray
+    batch_size: int
+    scale: tuple[int, int]
+    canvases: tuple[tuple[int, int], ...]
+    multi_scale: tuple[int, int] | None = None
+    flip: float = 0.0
+    shuffle: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        if not len(self.indices):
+            raise ValueError("no image takes part: every one is empty or smaller than 32 pixels")
+
+    @functools.cached_property
+    def _groups(self) -> list[np.ndarray]:
+        """Portrait and landscape images, apart: a batch has one orientation, as in the reference."""
+        height, width = self.sizes[self.indices].T
+        groups = [self.indices[height > width], self.indices[height <= width]]
+        return [group for group in groups if len(group)]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that hold every image once; the last one of each orientation is filled up."""
+        return sum(-(-len(group) // self.batch_size) for group in self._groups)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  (plans live as long as the run)
+    def _epoch(self, epoch: int) -> list[Slots]:
+        rng = np.random.default_rng((self.seed, epoch))
+        batches = []
+        for group in self._groups:
+            order = rng.permutation(group) if self.shuffle else group
+            for start in range(0, len(order), self.batch_size):
+                slots = order[start : start + self.batch_size]
+                filled = np.resize(slots, self.batch_size)  # repeats its own images
+                batches.append((filled, np.arange(self.batch_size) < len(slots)))
+        if self.shuffle:
+            batches = [batches[i] for i in rng.permutation(len(batches))]
+        low, high = self.multi_scale or (self.scale[1], self.scale[1])
+        return [
+            Slots(
+                images,
+                real,
+                flip=rng.random(self.batch_size) < self.flip,
+                short_side=(short_side := int(rng.integers(low, high, endpoint=True))),
+                canvas=self._canvas(images, short_side),
+            )
+            for images, real in batches
+        ]
+
+    def _canvas(self, images: np.ndarray, short_side: int) -> tuple[int, int]:
+        """The smallest canvas that holds all of these images."""
+        heights, widths = resized_size(*self.sizes[images].T, self.scale[0], short_side)
+        needed = (int(heights.max()), int(widths.max()))
+        for canvas in self.canvases:
+            if needed[0] <= canvas[0] and needed[1] <= canvas[1]:
+                return canvas
+        raise ValueError(
+            f"data.canvases {self.canvases} hold no image of {needed[0]} x {needed[1]} (height x "
+            f"width), which data.scale {self.scale} makes: add a canvas or lower the scale"
+        )
+
+    def __call__(self, step: int) -> Slots:
+        """The batch of a step, counted from 0 over the whole run."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[position]
+
+    def __hash__(self):
+        return id(self)

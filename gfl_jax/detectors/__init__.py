@@ -1,0 +1,1 @@
+"""The five choices put together: raw outputs to losses, raw outputs to detections."""

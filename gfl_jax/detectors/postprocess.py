@@ -1,0 +1,90 @@
+"""From scores to a fixed number of detections: top-k and class-wise NMS, under jit, without sorting boxes."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Detections(NamedTuple):
+    """Detections by descending score, padded to `max_per_image`.
+
+    boxes: x1, y1, x2, y2 in pixels.  scores: 0 where padded.  labels: class indices.
+    mask: which of them exist.
+    """
+
+    boxes: Float[Array, "*b detections 4"]
+    scores: Float[Array, "*b detections"]
+    labels: Int[Array, "*b detections"]
+    mask: Bool[Array, "*b detections"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inference:
+    """score_threshold: pairs at or below it are dropped.  nms_pre: pairs kept a level.
+
+    nms_iou: overlap above which the lower score of a class goes.  max_per_image: detections kept.
+    """
+
+    score_threshold: float = 0.05
+    nms_pre: int = 1000
+    nms_iou: float = 0.6
+    max_per_image: int = 100
+
+
+def top_pairs(
+    scores: Float[Array, "cells classes"], k: int
+) -> tuple[Float[Array, " k"], Int[Array, " k"], Int[Array, " k"]]:
+    """The k best (cell, class) pairs: scores, cells and classes; fewer if there are fewer pairs.
+
+    A pair among the k best lies in one of the k cells with the best maximum, so that only their
+    classes are ranked: a tenth of the work of ranking all pairs.
+    """
+    cells, classes = scores.shape
+    _, best = lax.top_k(scores.max(1), min(k, cells))
+    score, pair = lax.top_k(scores[best].reshape(-1), min(k, len(best) * classes))
+    return score, best[pair // classes], pair % classes
+
+
+def nms(
+    boxes: Float[Array, "n 4"],
+    scores: Float[Array, " n"],
+    labels: Int[Array, " n"],
+    inference: Inference,
+) -> Detections:
+    """Greedy class-wise non-maximum suppression of one image.
+
+    Takes the best remaining box and drops the boxes of its class that overlap it by more than
+    `nms_iou`, `max_per_image` times. Boxes without area and scores at the threshold never enter.
+    """
+    size = boxes[:, 2:] - boxes[:, :2]
+    enters = (scores > inference.score_threshold) & (size > 0).all(1)
+    # Classes are moved apart so that boxes of different classes never overlap; in float32 as the
+    # reference does it, since this rounds the boxes.
+    extent = jnp.where(enters[:, None], boxes, 0.0).max() + 1
+    x1, y1, x2, y2 = (boxes + (labels * extent)[:, None]).T
+    area = (x2 - x1) * (y2 - y1)
+    rank = jnp.arange(len(boxes))
+
+    def take_best(i, carry):
+        remaining, kept = carry
+        best = jnp.argmax(remaining)
+        width = jnp.minimum(x2, x2[best]) - jnp.maximum(x1, x1[best])
+        height = jnp.minimum(y2, y2[best]) - jnp.maximum(y1, y1[best])
+        overlap = jnp.maximum(width, 0) * jnp.maximum(height, 0)
+        union = jnp.maximum(area + area[best] - overlap, 1e-12)
+        kept = kept.at[i].set(jnp.where(remaining[best] > 0, best, -1))
+        drop = (overlap / union > inference.nms_iou) | (rank == best)
+        return jnp.where(drop, 0.0, remaining), kept
+
+    start = jnp.where(enters, scores, 0.0), jnp.full(inference.max_per_image, -1)
+    _, kept = lax.fori_loop(0, inference.max_per_image, take_best, start)
+    mask = kept >= 0
+    return Detections(
+        boxes=jnp.where(mask[:, None], boxes[kept], 0.0),
+        scores=jnp.where(mask, scores[kept], 0.0),
+        labels=jnp.where(mask, labels[kept], 0),
+        mask=mask,
+    )

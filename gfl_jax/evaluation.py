@@ -1,0 +1,179 @@
+"""COCO evaluation: pycocotools judges, against the original annotation file."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
+
+from gfl_jax.data.coco import PreparedSplit
+from gfl_jax.data.loader import HostBatch
+from gfl_jax.training.parallel import Pmap, ShardMap
+
+METRICS = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
+"""pycocotools' twelve numbers, in its order. -1 where there is nothing to measure."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """metrics: by the names of METRICS.  per_class: class name to AP and AP50, -1 if it has no box."""
+
+    metrics: dict[str, float]
+    per_class: dict[str, tuple[float, float]]
+
+    def __str__(self) -> str:
+        rows = [f"{name:>6} {value:.3f}" for name, value in self.metrics.items()]
+        lines = ["  ".join(rows[start : start + 6]) for start in (0, 6)]
+        return "\n".join(lines)
+
+    def class_table(self) -> str:
+        """One line a class, by descending AP; classes without boxes last."""
+        width = max(len(name) for name in self.per_class)
+        ranked = sorted(self.per_class.items(), key=lambda item: -item[1][0])
+        lines = [f"{'class':<{width}}     AP   AP50"]
+        for name, values in ranked:
+            cells = (f"{value:6.3f}" if value >= 0 else "     -" for value in values)
+            lines.append(f"{name:<{width}} {' '.join(cells)}")
+        return "\n".join(lines)
+
+
+def predict_all(
+    predict: Callable,
+    variables: Any,
+    batches: Iterable[HostBatch],
+    devices: Pmap | ShardMap,
+    split: PreparedSplit,
+    *,
+    total: int,
+) -> list[dict[str, Any]]:
+    """Detections of all images, as COCO results.
+
+    Args:
+        predict: mapped over the devices: (variables, batch) to Detections.
+        variables: replicated over the devices.
+        batches: every image once among the slots that are real.
+        devices: the mapping.
+        split: gives category ids.
+        total: number of batches, for the progress bar.
+
+    Returns:
+        One entry a detection: image_id, category_id, bbox (x, y, width, height in pixels of the
+        original image) and score.
+    """
+    results = []
+    for host in tqdm(batches, total=total, desc="evaluating", unit=" batches", leave=False):
+        found = devices.fetch_sharded(predict(variables, devices.shard(host.batch)))
+        for slot in np.flatnonzero(host.batch.image_mask):
+            for i in np.flatnonzero(found.mask[slot]):
+                x1, y1, x2, y2 = found.boxes[slot, i].tolist()
+                results.append(
+                    {
+                        "image_id": int(host.image_ids[slot]),
+                        "category_id": split.category_ids[found.labels[slot, i]],
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "score": float(found.scores[slot, i]),
+                    }
+                )
+    return results
+
+
+def ground_truth(split: PreparedSplit) -> COCO:
+    """The original annotations; those of the records where there is no file.
+
+    Entries that preparing left out (`on_error='skip'`) are left out here, too.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = _original(split) if split.annotations else _recorded(split)
+        coco.createIndex()
+    return coco
+
+
+def _original(split: PreparedSplit) -> dict[str, Any]:
+    dataset = json.loads(Path(split.annotations).read_bytes())
+    report = split.source.directory / "report.json"
+    problems = json.loads(report.read_text())["problems"] if report.is_file() else []
+    left_out = {problem["annotation_id"] for problem in problems} - {None}
+    images = set(split.image_ids.tolist())
+    dataset["images"] = [image for image in dataset["images"] if image.get("id") in images]
+    dataset["annotations"] = [
+        # A file without areas or crowds means: the box's area, no crowd.
+        {"area": annotation["bbox"][2] * annotation["bbox"][3], "iscrowd": 0} | annotation
+        for annotation in dataset["annotations"]
+        if annotation.get("image_id") in images and annotation.get("id") not in left_out
+    ]
+    return dataset
+
+
+def _recorded(split: PreparedSplit) -> dict[str, Any]:
+    annotations = []
+    for record in (split.source[i] for i in range(len(split.source))):
+        for box, label, crowd in zip(
+            record["boxes"], record["labels"], record["crowd"], strict=True
+        ):
+            x1, y1, x2, y2 = box.tolist()
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": record["image_id"],
+                    "category_id": split.category_ids[label],
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": int(crowd),
+                }
+            )
+    names = zip(split.category_ids, split.category_names, strict=True)
+    return {
+        "images": [{"id": image_id} for image_id in split.image_ids.tolist()],
+        "annotations": annotations,
+        "categories": [{"id": category_id, "name": name} for category_id, name in names],
+    }
+
+
+def evaluate(
+    results: list[dict[str, Any]], truth: COCO, image_ids: Iterable[int]
+) -> Evaluation:
+    """pycocotools' bbox evaluation of COCO results on these images."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        detections = truth.loadRes(results) if results else COCO()
+        if not results:
+            detections.dataset = {**truth.dataset, "annotations": []}
+            detections.createIndex()
+        judge = COCOeval(truth, detections, "bbox")
+        judge.params.imgIds = sorted(image_ids)
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    precision = judge.eval["precision"]  # IoU thresholds, recalls, classes, areas, detections
+    names = {category["id"]: category["name"] for category in truth.dataset["categories"]}
+
+    def average(values: np.ndarray) -> float:
+        known = values[values > -1]
+        return float(known.mean()) if known.size else -1.0
+
+    per_class = {
+        names[category]: (average(precision[:, :, k, 0, -1]), average(precision[0, :, k, 0, -1]))
+        for k, category in enumerate(judge.params.catIds)
+    }
+    return Evaluation(dict(zip(METRICS, map(float, judge.stats), strict=True)), per_class)
+
+
+def images_per_second(run: Callable, variables: Any, shards: Iterator[Any], repeats: int) -> float:
+    """Throughput of a mapped function on batches that lie on the devices: median of `repeats`."""
+    rates = []
+    for shard in shards:
+        jax.block_until_ready(run(variables, shard))  # compile and warm up
+        for _ in range(repeats):
+            start = time.perf_counter()
+            jax.block_until_ready(run(variables, shard))
+            rates.append(np.asarray(shard.image_mask).sum() / (time.perf_counter() - start))
+    return float(np.median(rates))

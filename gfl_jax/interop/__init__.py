@@ -1,0 +1,1 @@
+"""Reading PyTorch files, renaming their parameters, and finding pretrained backbones."""

@@ -1,0 +1,71 @@
+"""Finds pretrained backbones and loads them."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gfl_jax.interop.names import load_state_dict
+from gfl_jax.interop.torch_files import read_torch_file
+
+_SUFFIXES = (".pth", ".pt", ".safetensors")
+
+
+def find_pretrained(name_or_path: str) -> Path:
+    """Finds the file of a pretrained model, fetching it if need be.
+
+    Args:
+        name_or_path: A local file, which is used as it is, or the name of a repository on the
+            Hugging Face hub, such as 'timm/resnet50.tv_in1k', whose model.safetensors is taken
+            from ~/.cache/gfl_jax/pretrained if it is there, otherwise fetched (and cached) by
+            huggingface_hub.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        FileNotFoundError: There is no such file, or it could not be fetched; the message tells
+            which file to put where.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name_or_path) or path.suffix in _SUFFIXES:
+        raise FileNotFoundError(
+            f"no pretrained file {name_or_path}: pass the path of a .pth or .safetensors file, or "
+            "the name of a repository on the Hugging Face hub such as timm/resnet50.tv_in1k"
+        )
+    kept = "~/.cache/gfl_jax/pretrained/" + name_or_path.replace("/", "--") + ".safetensors"
+    if Path(kept).expanduser().is_file():
+        return Path(kept).expanduser()
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(name_or_path, "model.safetensors"))
+    except Exception as error:  # no network, no such repository, no huggingface_hub, ...
+        raise FileNotFoundError(
+            f"could not fetch {name_or_path} from the Hugging Face hub ({type(error).__name__}): "
+            f"download model.safetensors of {name_or_path} and pass "
+            f"--model.backbone.pretrained PATH, or put it at {kept}"
+        ) from error
+
+
+def load_backbone(backbone_state: Mapping[tuple, Any], source: str) -> dict[tuple, Any]:
+    """Loads a torchvision-named ImageNet classifier into a backbone.
+
+    Args:
+        backbone_state: The backbone's variables by path, such as ('layer1', 0, 'conv1', 'kernel').
+        source: A file or a name, see `find_pretrained`. The classifier `fc` is ignored.
+
+    Returns:
+        A new mapping of the same paths, shapes and dtypes with the arrays of the file.
+
+    Raises:
+        FileNotFoundError: The source cannot be found.
+        ValueError: The file cannot be read, or it is not of this backbone; every name that is
+            missing, unexpected or of another shape is listed.
+    """
+    arrays = read_torch_file(find_pretrained(source))
+    loaded, report = load_state_dict(backbone_state, arrays, ignore=(r"fc\.",))
+    report.raise_if_any(source)
+    return loaded

@@ -1,0 +1,175 @@
+"""The whole network as pure functions of flat dictionaries of arrays.
+
+Parameters are dictionaries from dotted paths, as the PyTorch reference names its modules
+('backbone.layer1.0.conv1.kernel'), to arrays. Three of them make up a network: `params`, which the
+optimiser trains, `frozen`, pretrained stages that receive neither gradient nor weight decay, and
+`stats`, BatchNorm statistics.
+"""
+
+import dataclasses
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from gfl_jax.models.fpn import FPN
+from gfl_jax.models.heads import GFLHead, Outputs
+from gfl_jax.models.layers import Norm
+from gfl_jax.models.resnet import ResNet, out_features
+
+Arrays = dict[str, jax.Array]
+
+
+class Variables(NamedTuple):
+    """All arrays of a network: trained parameters, frozen parameters, BatchNorm statistics."""
+
+    params: Arrays
+    frozen: Arrays
+    stats: Arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """depth: ResNet-18, 34, 50 or 101.  width: channels of its first stage, 64 in the paper.
+
+    norm: frozen_bn for pretrained weights, bn or gn for training from random ones.
+    frozen_stages: -1 none, 0 the stem, 1 stem and first stage, ... : no gradient, no weight decay.
+    pretrained: a .pth or .safetensors file, or a Hugging Face name such as timm/resnet50.tv_in1k.
+    """
+
+    depth: int = 50
+    width: int = 64
+    norm: Norm = "frozen_bn"
+    frozen_stages: int = 1
+    pretrained: str = ""
+
+    def __post_init__(self):
+        if not -1 <= self.frozen_stages <= 4:
+            raise ValueError(f"backbone.frozen_stages is {self.frozen_stages}; it must be -1 to 4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The network's sizes.
+
+    fpn_width, head_width: channels of pyramid and towers (256 in the paper; multiples of 32).
+    stacked_convs: convolutions per tower.  dtype: of the convolutions; parameters, norm statistics
+    and head outputs are float32 always.  mean, std: of RGB pixels, 0 to 255.
+    """
+
+    backbone: Backbone = Backbone()
+    fpn_width: int = 256
+    head_width: int = 256
+    stacked_convs: int = 4
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+
+class DenseNetwork(nnx.Module):
+    """Backbone, neck and head; images normalised, P3..P7 inside."""
+
+    def __init__(self, model: Model, num_classes: int, box_channels: int, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(model.dtype)
+        resnet = model.backbone
+        self.backbone = ResNet(
+            resnet.depth, width=resnet.width, norm=resnet.norm, dtype=dtype, rngs=rngs
+        )
+        self.neck = FPN(
+            out_features(resnet.depth, resnet.width)[1:], model.fpn_width, dtype=dtype, rngs=rngs
+        )
+        self.bbox_head = GFLHead(
+            model.fpn_width,
+            num_classes,
+            box_channels,
+            width=model.head_width,
+            stacked_convs=model.stacked_convs,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Outputs:
+        return self.bbox_head(self.neck(self.backbone(images)[1:]))
+
+
+class Network:
+    """`init` makes the arrays, `apply` is the pure forward pass over them."""
+
+    def __init__(self, model: Model, num_classes: int, box_channels: int):
+        """Describe the network; nothing is computed yet.
+
+        Args:
+            model: sizes.
+            num_classes: classes of the data.
+            box_channels: regression outputs of a cell.
+        """
+        self.model = model
+        self._build = functools.partial(DenseNetwork, model, num_classes, box_channels)
+        network = nnx.eval_shape(lambda: self._build(rngs=nnx.Rngs(0)))
+        self._paths = [path for path, _ in nnx.to_flat_state(nnx.state(network))]
+        network.train()
+        self._train_graph = nnx.split(network)[0]
+        network.eval()
+        self._eval_graph = nnx.split(network)[0]
+
+    def init(self, seed: int) -> Variables:
+        """Random weights, the backbone's from `model.backbone.pretrained` where that is given."""
+        network = self._build(rngs=nnx.Rngs(seed))
+        params = _flat(nnx.state(network, nnx.Param))
+        stats = _flat(nnx.state(network, nnx.BatchStat))
+        if self.model.backbone.pretrained:
+            prefix = "backbone."
+            arrays = {k.removeprefix(prefix): v for k, v in {**params, **stats}.items() if prefix in k}
+            loaded = load_backbone(arrays, self.model.backbone.pretrained)
+            params |= {k: jnp.asarray(loaded[k.removeprefix(prefix)]) for k in params if prefix in k}
+            stats |= {k: jnp.asarray(loaded[k.removeprefix(prefix)]) for k in stats}
+        frozen = {k: v for k, v in params.items() if self._is_frozen(k)}
+        return Variables({k: v for k, v in params.items() if k not in frozen}, frozen, stats)
+
+    def apply(
+        self,
+        variables: Variables,
+        images: Array,
+        sizes: Int[Array, "b 2"],
+        *,
+        train: bool,
+    ) -> tuple[Outputs, Arrays]:
+        """Forward pass.
+
+        Args:
+            variables: all arrays.
+            images: uint8 RGB canvases [b, h, w, 3], sides multiples of 32.
+            sizes: height and width of the image on its canvas; what lies outside is padding.
+            train: whether norm layers of kind 'bn' use the batch's statistics.
+
+        Returns:
+            The head's outputs and the new statistics (the old ones unless training).
+        """
+        arrays = {**variables.params, **variables.frozen, **variables.stats}
+        state = nnx.from_flat_state([(path, arrays[_dotted(path)]) for path in self._paths])
+        network = nnx.merge(self._train_graph if train else self._eval_graph, state)
+        outputs = network(self.normalize(images, sizes))
+        return outputs, _flat(nnx.state(network, nnx.BatchStat))
+
+    def normalize(self, images: Array, sizes: Int[Array, "b 2"]) -> Float[Array, "b h w 3"]:
+        """(x - mean) / std in float32, then zero in the padding, as the reference pads after it."""
+        x = (images.astype(jnp.float32) - jnp.array(self.model.mean)) / jnp.array(self.model.std)
+        rows = jnp.arange(images.shape[1])[None, :, None, None] < sizes[:, 0, None, None, None]
+        columns = jnp.arange(images.shape[2])[None, None, :, None] < sizes[:, 1, None, None, None]
+        return jnp.where(rows & columns, x, 0.0)
+
+    def _is_frozen(self, name: str) -> bool:
+        stages = self.model.backbone.frozen_stages
+        prefixes = ["conv1.", "bn1."] * (stages >= 0) + [f"layer{i + 1}." for i in range(stages)]
+        return name.startswith(tuple(f"backbone.{prefix}" for prefix in prefixes))
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def _flat(state: nnx.State) -> Arrays:
+    return {_dotted(path): variable[...] for path, variable in nnx.to_flat_state(state)}

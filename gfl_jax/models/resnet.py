@@ -1,0 +1,128 @@
+"""ResNet-18/34/50/101 (He et al., arXiv 1512.03385) in torchvision's layout and names."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from gfl_jax.models.layers import Norm, conv2d, normalization
+
+# Kaiming normal over the fan-out, as both torchvision and mmdet initialise ResNet convolutions.
+_kaiming = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+# Residual branches start as zero: a network trained from random weights starts as the identity.
+_zeros = nnx.initializers.zeros
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+
+
+def out_features(depth: int, width: int) -> tuple[int, int, int, int]:
+    """Channels of C2..C5."""
+    expansion = 4 if depth >= 50 else 1
+    return tuple(width * 2**stage * expansion for stage in range(4))  # type: ignore[return-value]
+
+
+class _Block(nnx.Module):
+    """Basic (two 3x3) or bottleneck (1x1, 3x3, 1x1) residual block; the stride sits on a 3x3."""
+
+    def __init__(self, c_in, width, c_out, stride, *, bottleneck, norm, dtype, rngs):
+        def conv(c_in, c_out, kernel_size, stride=1):
+            return conv2d(
+                c_in,
+                c_out,
+                kernel_size,
+                stride=stride,
+                bias=False,
+                kernel_init=_kaiming,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        def bn(features, scale_init=nnx.initializers.ones):
+            return normalization(norm, features, scale_init=scale_init, dtype=dtype, rngs=rngs)
+
+        if bottleneck:
+            self.conv1, self.bn1 = conv(c_in, width, 1), bn(width)
+            self.conv2, self.bn2 = conv(width, width, 3, stride), bn(width)
+            self.conv3, self.bn3 = conv(width, c_out, 1), bn(c_out, _zeros)
+        else:
+            self.conv1, self.bn1 = conv(c_in, width, 3, stride), bn(width)
+            self.conv2, self.bn2 = conv(width, c_out, 3), bn(c_out, _zeros)
+        projects = stride != 1 or c_in != c_out
+        self.downsample = nnx.List([conv(c_in, c_out, 1, stride), bn(c_out)] if projects else [])
+        self.bottleneck = bottleneck
+
+    def __call__(self, x):
+        shortcut = x
+        for layer in self.downsample:
+            shortcut = layer(shortcut)
+        x = jax.nn.relu(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        if self.bottleneck:
+            x = self.bn3(self.conv3(jax.nn.relu(x)))
+        return jax.nn.relu(x + shortcut)
+
+
+class ResNet(nnx.Module):
+    """Images to C2..C5 at strides 4, 8, 16, 32."""
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        width: int = 64,
+        norm: Norm = "frozen_bn",
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Build with random weights.
+
+        Args:
+            depth: 18, 34, 50 or 101.
+            width: channels after the stem and of the first stage; 64 in the paper.
+            norm: see `gfl_jax.models.layers.Norm`.
+            dtype: of the computation; parameters are float32.
+            rngs: source of the initial weights.
+
+        Raises:
+            ValueError: for another depth.
+        """
+        if depth not in BLOCKS:
+            raise ValueError(f"ResNet depth {depth} is unknown; use one of {sorted(BLOCKS)}")
+        self.conv1 = conv2d(
+            3, width, 7, stride=2, bias=False, kernel_init=_kaiming, dtype=dtype, rngs=rngs
+        )
+        self.bn1 = normalization(norm, width, dtype=dtype, rngs=rngs)
+        c_in = width
+        for stage, (blocks, c_out) in enumerate(zip(BLOCKS[depth], out_features(depth, width), strict=True)):
+            layer = []
+            for block in range(blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                layer.append(
+                    _Block(
+                        c_in,
+                        width * 2**stage,
+                        c_out,
+                        stride,
+                        bottleneck=depth >= 50,
+                        norm=norm,
+                        dtype=dtype,
+                        rngs=rngs,
+                    )
+                )
+                c_in = c_out
+            setattr(self, f"layer{stage + 1}", nnx.List(layer))
+
+    def __call__(self, x: Float[Array, "b h w 3"]) -> list[Float[Array, "b _ _ _"]]:
+        """Features C2..C5 of normalised images."""
+        x = jax.nn.relu(self.bn1(self.conv1(x)))
+        x = lax.reduce_window(  # 3x3 max-pooling, stride 2, padded by one on each side
+            x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
+        )
+        features = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in layer:
+                x = block(x)
+            features.append(x)
+        return features

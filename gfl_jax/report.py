@@ -1,0 +1,144 @@
+"""What a run shows people: a contact sheet of its detections, curves, and where everything lies."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import matplotlib
+import numpy as np
+
+from gfl_jax.data import images
+from gfl_jax.data.coco import PreparedSplit
+from gfl_jax.training.metrics import read_metrics
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+TRUTH = (255, 255, 255)
+
+
+def contact_sheet(
+    file: Path,
+    split: PreparedSplit,
+    results: list[dict[str, Any]],
+    *,
+    count: int = 12,
+    score_threshold: float = 0.3,
+    tile: int = 320,
+) -> None:
+    """Writes a PNG of ground truth (left) beside detections (right), evenly chosen images.
+
+    Args:
+        file: to write.
+        split: images and ground truth.
+        results: COCO results; images without an entry are drawn without detections.
+        count: number of images; those with objects are taken first.
+        score_threshold: of the detections drawn.
+        tile: side of an image on the sheet, in pixels.
+    """
+    evaluated = {result["image_id"] for result in results}
+    candidates = np.flatnonzero(np.isin(split.image_ids, list(evaluated)) & (split.num_boxes > 0))
+    if not len(candidates):
+        candidates = np.arange(len(split.image_ids))
+    chosen = candidates[np.linspace(0, len(candidates) - 1, min(count, len(candidates))).astype(int)]
+    label_of = {category_id: label for label, category_id in enumerate(split.category_ids)}
+    tiles = []
+    for index in chosen:
+        record = split.source[int(index)]
+        image = images.decode(
+            record["image"], (record["height"], record["width"]), record["filename"]
+        )
+        scale = tile / max(image.shape[:2])
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        truth, found = image.copy(), image
+        for box, label, crowd in zip(
+            record["boxes"], record["labels"], record["crowd"], strict=True
+        ):
+            name = split.category_names[label] + " (crowd)" * bool(crowd)
+            _draw(truth, box * scale, int(label), name)
+        drawn = [
+            result
+            for result in results
+            if result["image_id"] == record["image_id"] and result["score"] >= score_threshold
+        ]
+        for result in sorted(drawn, key=lambda result: result["score"]):
+            x, y, w, h = result["bbox"]
+            label = label_of[result["category_id"]]
+            text = f"{split.category_names[label]} {result['score']:.2f}"
+            _draw(found, np.array([x, y, x + w, y + h]) * scale, label, text)
+        pair = np.concatenate([truth, np.full((image.shape[0], 4, 3), 255, np.uint8), found], 1)
+        caption = np.full((22, pair.shape[1], 3), 255, np.uint8)
+        _write(caption, f"{record['image_id']}: truth", (4, 16))
+        _write(caption, f"detections >= {score_threshold}", (image.shape[1] + 8, 16))
+        tiles.append(np.concatenate([caption, pair]))
+    height, width = (max(t.shape[axis] for t in tiles) for axis in (0, 1))
+    columns = 1 if len(tiles) < 3 else 3
+    sheet = np.full(
+        (-(-len(tiles) // columns) * (height + 8), columns * (width + 12), 3), 255, np.uint8
+    )
+    for i, t in enumerate(tiles):
+        y, x = i // columns * (height + 8), i % columns * (width + 12)
+        sheet[y : y + t.shape[0], x : x + t.shape[1]] = t
+    cv2.imwrite(str(file), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+
+
+def _color(label: int) -> tuple[int, int, int]:
+    """Colours that differ from class to class: hues a golden angle apart."""
+    hue = np.array([[[int(label * 111.25) % 180, 200, 255]]], np.uint8)
+    red, green, blue = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0].tolist()
+    return red, green, blue
+
+
+def _draw(image: np.ndarray, box: np.ndarray, label: int, text: str) -> None:
+    x1, y1, x2, y2 = (int(round(float(side))) for side in box)
+    cv2.rectangle(image, (x1, y1), (x2, y2), _color(label), 2)
+    (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.35, 1)
+    x, y = max(min(x1, image.shape[1] - width - 2), 0), max(y1 - 2, height + 2)
+    cv2.rectangle(image, (x, y - height - 2), (x + width + 2, y + 2), _color(label), -1)
+    _write(image, text, (x + 1, y))
+
+
+def _write(image: np.ndarray, text: str, position: tuple[int, int]) -> None:
+    cv2.putText(
+        image, text, position, cv2.FONT_HERSHEY_SIMPLEX, 0.35, (0, 0, 0), 1, cv2.LINE_AA
+    )
+
+
+def plot_run(workdir: Path) -> None:
+    """Writes `curves.png`: loss terms, learning rate and AP of a run over its steps."""
+    entries = read_metrics(workdir)
+    train = [entry for entry in entries if entry["kind"] == "train"]
+    val = [entry for entry in entries if entry["kind"] == "val"]
+    figure, (losses, rate, ap) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    steps = [entry["step"] for entry in train]
+    for name in [key for key in (train[0] if train else {}) if key.startswith("loss")]:
+        losses.plot(steps, [entry[name] for entry in train], label=name, linewidth=1)
+    losses.set(title="training losses", xlabel="step", yscale="log")
+    rate.plot(steps, [entry["lr"] for entry in train])
+    rate.set(title="learning rate", xlabel="step")
+    for name in ("AP", "AP50", "AP75"):
+        ap.plot([e["step"] for e in val], [e[name] for e in val], marker=".", label=name)
+    ap.set(title="evaluation", xlabel="step", ylim=(0, 1))
+    for axes in (losses, ap):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(workdir / "curves.png", dpi=100)
+    plt.close(figure)
+
+
+def finish(workdir: Path, split: PreparedSplit, seconds: float) -> None:
+    """Draws the contact sheet and the curves of a finished run and says where everything is."""
+    results = json.loads((workdir / "results.json").read_text())
+    contact_sheet(workdir / "detections.png", split, results)
+    plot_run(workdir)
+    last = [entry for entry in read_metrics(workdir) if entry["kind"] == "val"][-1]
+    print(
+        f"\nAP {last['AP']:.3f}  AP50 {last['AP50']:.3f}  AP75 {last['AP75']:.3f} after step "
+        f"{last['step']}; this command took {seconds / 60:.1f} minutes\n"
+        f"  picture     {workdir / 'detections.png'}\n"
+        f"  curves      {workdir / 'curves.png'}   (or: tensorboard --logdir {workdir})\n"
+        f"  checkpoint  {workdir / 'checkpoints'}, best in {workdir / 'best'}\n"
+        f"  results     {workdir / 'results.json'}, {workdir / 'metrics.jsonl'}\n"
+        f"next: python eval.py {workdir}   for all twelve numbers, every class and images/s"
+    )

@@ -1,0 +1,1 @@
+"""State, step, schedule, device mapping, checkpoints and the loop."""

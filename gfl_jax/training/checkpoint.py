@@ -1,0 +1,91 @@
+"""Checkpoints by Orbax: atomic, written in the background, found again by the newest complete step.
+
+A run keeps two folders: `checkpoints`, the newest ones, and `best`, the one of the highest AP. Each
+checkpoint holds the train state, which includes the step and so the position in the data, and the
+experiment. A save that was interrupted leaves nothing that counts as a checkpoint.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from gfl_jax.config import Experiment, from_dict, to_dict
+
+
+class Checkpoints:
+    """One folder of checkpoints, by step."""
+
+    def __init__(self, folder: Path, *, keep: int = 1):
+        """Opens the folder, made when first saved to.
+
+        Args:
+            folder: where the checkpoints are.
+            keep: how many of the newest stay.
+        """
+        self.folder = folder.absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    @property
+    def step(self) -> int | None:
+        """Step of the newest complete checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, experiment: Experiment, info: dict[str, Any]) -> None:
+        """Starts to write a host copy of the state; what is being written already is awaited first.
+
+        Args:
+            step: names the checkpoint; one that exists is left as it is.
+            state: pytree of host arrays.
+            experiment: what made it.
+            info: small JSON values kept beside it.
+        """
+        if step in self._manager.all_steps():
+            return
+        about = {"experiment": to_dict(experiment), **info}
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
+        )
+        self._manager.save(step, args=args)
+
+    def about(self) -> tuple[Experiment, dict[str, Any]]:
+        """The experiment and the info of the newest checkpoint.
+
+        Raises:
+            FileNotFoundError: there is no complete checkpoint.
+        """
+        if self.step is None:
+            raise FileNotFoundError(f"no complete checkpoint in {self.folder}")
+        args = ocp.args.Composite(about=ocp.args.JsonRestore())
+        about = dict(self._manager.restore(self.step, args=args)["about"])
+        return from_dict(Experiment, about.pop("experiment")), about
+
+    def restore(self, like: Any) -> Any:
+        """The newest state, on the host.
+
+        Args:
+            like: a state of the same structure, shapes and dtypes.
+
+        Raises:
+            FileNotFoundError: there is no complete checkpoint.
+            ValueError: the stored state differs from `like`: another model or optimiser.
+        """
+        if self.step is None:
+            raise FileNotFoundError(f"no complete checkpoint in {self.folder}")
+        abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        try:
+            return self._manager.restore(self.step, args=args)["state"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"the checkpoint {self.folder / str(self.step)} was made by another model or "
+                f"optimiser than this config's; use another --workdir, or that config: {error}"
+            ) from error
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()

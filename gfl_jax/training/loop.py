@@ -1,0 +1,169 @@
+"""The loop: steps, checkpoints and evaluations, from wherever the work directory left off."""
+
+import dataclasses
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from gfl_jax.config import Experiment
+from gfl_jax.data.coco import PreparedSplit
+from gfl_jax.data.loader import batches, eval_plan, max_boxes_of, train_plan
+from gfl_jax.evaluation import Evaluation, evaluate, ground_truth, predict_all
+from gfl_jax.models.network import Network
+from gfl_jax.training.checkpoint import Checkpoints
+from gfl_jax.training.metrics import MetricsLog
+from gfl_jax.training.parallel import AXIS, Pmap, ShardMap
+from gfl_jax.training.step import init_state, learning_rate, make_predict, make_train_step, sgd
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss or gradient became infinite or NaN."""
+
+
+def check_finite(
+    step: int, scalars: dict[str, Any], per_image: dict[str, Any], image_ids: np.ndarray
+) -> None:
+    """Raises NonFiniteLossError, naming the terms and the images, unless all values are finite."""
+    bad = [name for name, value in scalars.items() if not np.isfinite(value)]
+    if not bad:
+        return
+    faulty = ~np.isfinite(np.stack(list(per_image.values()))).all(0)
+    culprits = image_ids[faulty] if faulty.any() else image_ids
+    values = ", ".join(f"{name} = {scalars[name]}" for name in bad)
+    raise NonFiniteLossError(
+        f"step {step}: {values}. "
+        + ("Terms that are not finite come from" if faulty.any() else "The batch held")
+        + f" image ids {', '.join(map(str, culprits))}. The last checkpoint is from before; a lower "
+        "train.lr, a longer train.warmup_steps or train.clip_norm=35 may help."
+    )
+
+
+@dataclasses.dataclass
+class Evaluator:
+    """Evaluates variables on a split; everything compiled once."""
+
+    experiment: Experiment
+    network: Network
+    devices: Pmap | ShardMap
+    split: PreparedSplit
+    batch_size: int
+    limit: int = 0
+
+    def __post_init__(self):
+        self.predict = self.devices.map(make_predict(self.network, self.experiment.detector), [True])
+        self.plan = eval_plan(self.experiment.data, self.split, self.batch_size, self.limit)
+        self._truth = ground_truth(self.split)
+
+    def __call__(self, variables: Any) -> tuple[Evaluation, list[dict[str, Any]]]:
+        """The evaluation and the COCO results of replicated variables."""
+        steps = self.plan.steps_per_epoch
+        workers = min(self.experiment.data.workers, 1)
+        loaded = batches(self.plan, self.split, range(steps), workers)
+        results = predict_all(
+            self.predict, variables, loaded, self.devices, self.split, total=steps
+        )
+        image_ids = self.split.image_ids[self.plan.indices].tolist()
+        return evaluate(results, self._truth, image_ids), results
+
+
+def fit(
+    experiment: Experiment,
+    network: Network,
+    train_split: PreparedSplit,
+    val_split: PreparedSplit,
+    devices: Pmap | ShardMap,
+    workdir: Path,
+) -> None:
+    """Trains to the end, continuing from the newest checkpoint in `workdir` if there is one.
+
+    Writes metrics.jsonl, tensorboard/, checkpoints/, best/ and results.json (COCO results of the
+    last evaluation) into it. The result does not depend on interruptions.
+
+    Raises:
+        NonFiniteLossError: a loss is not finite; nothing of that step is saved.
+        ValueError: the checkpoint is of another model.
+    """
+    train = experiment.train
+    plan = train_plan(experiment.data, train_split, train.batch_size, train.seed)
+    per_epoch = plan.steps_per_epoch
+    total = train.epochs * per_epoch
+    schedule = learning_rate(train, per_epoch)
+    optimizer = sgd(train, schedule)
+    step_function = make_train_step(network, experiment.detector, optimizer, schedule, train)
+    train_step = devices.map(
+        functools.partial(step_function, axis_name=AXIS), [False, False, True], donate=True
+    )
+    evaluator = Evaluator(experiment, network, devices, val_split, train.batch_size)
+
+    newest, best = Checkpoints(workdir / "checkpoints", keep=2), Checkpoints(workdir / "best")
+    if newest.step is None:
+        start, state = 0, init_state(network, optimizer, train)
+    else:
+        like = jax.eval_shape(lambda: init_state(network, optimizer, train))
+        start, state = newest.step, newest.restore(like)
+        print(f"continuing from step {start} of {total} in {newest.folder}")
+    state = devices.replicate(state)
+    log = MetricsLog(workdir, start)
+
+    checkpoint_every = train.checkpoint_every or per_epoch
+    eval_every = (train.eval_every or train.epochs) * per_epoch
+    unusable = len(train_split.sizes) - len(plan.indices)
+    print(
+        f"training on {len(plan.indices)} images ({unusable} without objects or under 32 pixels "
+        f"left out), {per_epoch} steps an epoch, {total} in all\n"
+        f"learning rate {train.lr:g} for 16 images x batch {train.batch_size} / 16 = "
+        f"{train.lr * train.batch_size / 16:g}, on {devices.count} x "
+        f"{jax.devices()[0].device_kind}"
+    )
+
+    loaded = batches(
+        plan, train_split, range(start, total), experiment.data.workers, max_boxes_of(train_split)
+    )
+    progress = tqdm(initial=start, total=total, desc="training", unit=" steps", smoothing=0.05)
+    since, images = time.perf_counter(), 0
+    pending = None
+    for step in range(start, total + 1):
+        done = step == total
+        if step and (step % eval_every == 0 or done) and not log.has("val", step):
+            evaluation, results = evaluator(state.evaluated())
+            (workdir / "results.json").write_text(json.dumps(results))
+            log.write("val", step, evaluation.metrics)
+            progress.write(f"epoch {step / per_epoch:g}\n{evaluation}")
+            ap = evaluation.metrics["AP"]
+            if best.step is None or ap > best.about()[1]["AP"]:
+                best.save(step, devices.fetch_replicated(state), experiment, {"AP": ap})
+            since, images = time.perf_counter(), 0
+        if done:
+            break
+
+        host = next(loaded)
+        state, scalars, per_image = train_step(state, devices.shard(host.batch))
+        images += int(host.batch.image_mask.sum())
+        saves = (step + 1) % checkpoint_every == 0 or step + 1 == total
+        # The previous step's numbers are read while this one runs, unless it is about to be saved.
+        for number, ids, values, shares in [pending] * (pending is not None) + (
+            [(step, host.image_ids, scalars, per_image)] if saves else []
+        ):
+            values = devices.fetch_replicated(values)
+            check_finite(number, values, devices.fetch_sharded(shares), ids)
+            if (number + 1) % train.log_every == 0:
+                rate = images / (time.perf_counter() - since)
+                since, images = time.perf_counter(), 0
+                log.write("train", number + 1, values | {"images_per_second": rate})
+                progress.set_postfix_str(
+                    f"loss {values['loss']:.3f}, lr {values['lr']:.2g}, {rate:.1f} images/s"
+                )
+        pending = None if saves else (step, host.image_ids, scalars, per_image)
+        progress.update()
+        if saves:
+            newest.save(step + 1, devices.fetch_replicated(state), experiment, {})
+    progress.close()
+    log.close()
+    newest.close()
+    best.close()

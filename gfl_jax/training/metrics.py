@@ -1,0 +1,53 @@
+"""What a run writes down: JSON lines for programs, TensorBoard events for people."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The entries of `workdir/metrics.jsonl` in order; a last line cut short by a kill is left out."""
+    file = workdir / "metrics.jsonl"
+    entries = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+class MetricsLog:
+    """Appends entries of a kind ('train', 'val') and a step to both files."""
+
+    def __init__(self, workdir: Path, start: int):
+        """Continues the files of a run at step `start`: entries of later steps are dropped."""
+        kept = [entry for entry in read_metrics(workdir) if entry["step"] <= start]
+        self.entries = kept
+        temporary = workdir / "metrics.jsonl.partial"
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        temporary.replace(workdir / "metrics.jsonl")
+        self._lines = (workdir / "metrics.jsonl").open("a", buffering=1)
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Adds an entry; `step` counts steps taken."""
+        entry = {"kind": kind, "step": step, **{k: float(v) for k, v in values.items()}}
+        self.entries.append(entry)
+        self._lines.write(json.dumps(entry) + "\n")
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether there is an entry of this kind for this step."""
+        return any(entry["kind"] == kind and entry["step"] == step for entry in self.entries)
+
+    def close(self) -> None:
+        """Flushes both files."""
+        self._lines.close()
+        self._events.close()

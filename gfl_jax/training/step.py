@@ -1,0 +1,127 @@
+"""The optimiser and the one train step, written for one device and mapped over all of them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from gfl_jax.config import Train
+from gfl_jax.detectors.dense import Batch, Detector
+from gfl_jax.detectors.postprocess import Detections
+from gfl_jax.models.network import Arrays, Network, Variables
+
+
+Scalars = dict[str, Float[Array, ""]]
+PerImage = dict[str, Float[Array, " b"]]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes: what a checkpoint holds.
+
+    step: steps taken.  variables: of the network.  optimizer: momenta.  ema: averaged parameters,
+    empty without averaging.
+    """
+
+    step: Int[Array, ""]
+    variables: Variables
+    optimizer: optax.OptState
+    ema: Arrays
+
+    def evaluated(self) -> Variables:
+        """The variables that evaluation uses: averaged parameters if there are any."""
+        return self.variables._replace(params=self.ema or self.variables.params)
+
+
+def learning_rate(train: Train, steps_per_epoch: int) -> optax.Schedule:
+    """Linear warm-up times a step schedule; the base rate is scaled by batch_size / 16."""
+    base = train.lr * train.batch_size / 16
+    drops = {milestone * steps_per_epoch: 0.1 for milestone in train.milestones}
+    steps = optax.piecewise_constant_schedule(base, drops)
+    last = max(train.warmup_steps - 1, 1)
+    warmup = optax.linear_schedule(train.warmup_factor if train.warmup_steps else 1.0, 1.0, last)
+    return lambda step: warmup(step) * steps(step)
+
+
+def sgd(train: Train, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """SGD in PyTorch's form: weight decay enters the gradient before the momentum."""
+    return optax.chain(
+        optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity(),
+        optax.add_decayed_weights(train.weight_decay),
+        optax.trace(train.momentum),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def init_state(network: Network, optimizer: optax.GradientTransformation, train: Train) -> TrainState:
+    """The state before the first step."""
+    variables = network.init(train.seed)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        variables=variables,
+        optimizer=optimizer.init(variables.params),
+        ema=dict(variables.params) if train.ema_decay else {},
+    )
+
+
+def make_train_step(
+    network: Network,
+    detector: Detector,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    train: Train,
+) -> Callable[..., tuple[TrainState, Scalars, PerImage]]:
+    """`train_step(state, batch, *, axis_name)`: one step on one device's share of the batch.
+
+    Returns the new state, scalars of the global batch (each loss term, their sum `loss`, `grad_norm`
+    and `lr`) and every image's share of the loss terms.
+
+    The counts that losses are divided by, the losses and the gradients are summed over `axis_name`,
+    so that the step does not depend on how images are spread over devices.
+    """
+
+    def train_step(
+        state: TrainState, batch: Batch, *, axis_name: str
+    ) -> tuple[TrainState, Scalars, PerImage]:
+        def objective(params: Arrays):
+            variables = state.variables._replace(params=params)
+            outputs, stats = network.apply(variables, batch.images, batch.sizes, train=True)
+            losses = detector.losses(outputs, batch, lambda count: lax.psum(count, axis_name))
+            return sum(losses.terms.values()), (losses, stats)
+
+        gradient, (losses, stats) = jax.grad(objective, has_aux=True)(state.variables.params)
+        gradient, terms = lax.psum((gradient, losses.terms), axis_name)
+        stats = lax.pmean(stats, axis_name)
+
+        updates, momenta = optimizer.update(gradient, state.optimizer, state.variables.params)
+        params = optax.apply_updates(state.variables.params, updates)
+        ema = {k: train.ema_decay * v + (1 - train.ema_decay) * params[k] for k, v in state.ema.items()}
+        scalars = terms | {
+            "loss": sum(terms.values()),
+            "grad_norm": optax.global_norm(gradient),
+            "lr": schedule(state.step),
+        }
+        variables = state.variables._replace(params=params, stats=stats)
+        return TrainState(state.step + 1, variables, momenta, ema), scalars, losses.per_image
+
+    return train_step
+
+
+def make_predict(network: Network, detector: Detector) -> Callable[[Variables, Batch], Detections]:
+    """`predict(variables, batch)`: detections of one device's images, in original pixels."""
+
+    def predict(variables: Variables, batch: Batch) -> Detections:
+        outputs, _ = network.apply(variables, batch.images, batch.sizes, train=False)
+        return detector.detections(outputs, batch.sizes, batch.scales)
+
+    return predict
+
+
+def make_forward(network: Network) -> Callable:
+    """`forward(variables, batch)`: the network alone, for timing it without post-processing."""
+    return lambda variables, batch: network.apply(
+        variables, batch.images, batch.sizes, train=False
+    )[0]
