@@ -197,7 +197,9 @@ class Detector:
             for cls_level, box_level in zip(cls_logits, box_logits, strict=True):
                 cells = slice(start, start + len(cls_level))
                 start = cells.stop
-                scores = jax.nn.sigmoid(cls_level) * valid[cells, None]
+                scores = jax.nn.sigmoid(cls_level)
+                if not self.inference.padding_predicts:
+                    scores *= valid[cells, None]
                 score, cell, label = top_pairs(scores, self.inference.nms_pre)
                 distances = self.box.integral(self.box.logits(box_level[cell]))
                 stride = priors.strides[cells][0]

@@ -26,12 +26,15 @@ class Inference:
     """score_threshold: pairs at or below it are dropped.  nms_pre: pairs kept a level.
 
     nms_iou: overlap above which the lower score of a class goes.  max_per_image: detections kept.
+    padding_predicts: whether cells in the padding count. Without them detections do not depend on
+    the canvas; the reference has them where a batch mixes image sizes.
     """
 
     score_threshold: float = 0.05
     nms_pre: int = 1000
     nms_iou: float = 0.6
     max_per_image: int = 100
+    padding_predicts: bool = False
 
 
 def top_pairs(

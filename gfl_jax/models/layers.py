@@ -39,18 +39,32 @@ def _conv2d_backward(strides, padding, residuals, gradient):
         return jax.vjp(lambda kernel: conv(x, kernel), kernel)[1](gradient)[0]
 
     def as_products(x, gradient):
-        """One matrix product per kernel tap: 1.3 to 9 times the speed of XLA's own on CPUs."""
+        """A few wide matrix products, up to five times the speed of XLA's own form on CPUs.
+
+        The taps along a kernel row lie side by side in the channels of x, those along a column in
+        the channels of the gradient, so that one product holds them all; for stride s, s products.
+        """
         kh, kw, c_in, c_out = kernel.shape
         (sy, sx), (h, w) = strides, gradient.shape[1:3]
+        if c_out < 16:  # too thin for a product
+            return as_convolution(x, gradient)
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-        gradient = gradient.reshape(-1, c_out)
-        taps = [
-            x[:, i : i + (h - 1) * sy + 1 : sy, j : j + (w - 1) * sx + 1 : sx].reshape(-1, c_in)
-            for i in range(kh)
-            for j in range(kw)
-        ]
-        products = [lax.dot_general(tap, gradient, (((0,), (0,)), ((), ()))) for tap in taps]
-        return jnp.stack(products).reshape(kernel.shape).astype(kernel.dtype)
+        rows: dict[int, Array] = {}
+        for phase in range(min(sy, kh)):
+            taps = range(phase, kh, sy)
+            more = len(taps) - 1
+            x_rows = x[:, phase : phase + (h + more - 1) * sy + 1 : sy]
+            x_taps = [x_rows[:, :, j : j + (w - 1) * sx + 1 : sx] for j in range(kw)]
+            g_taps = [
+                jnp.pad(gradient, ((0, 0), (t, more - t), (0, 0), (0, 0))) for t in range(more + 1)
+            ]
+            product = lax.dot_general(
+                jnp.concatenate(x_taps, axis=-1).reshape(-1, kw * c_in),
+                jnp.concatenate(g_taps, axis=-1).reshape(-1, len(taps) * c_out),
+                (((0,), (0,)), ((), ())),
+            ).reshape(kw, c_in, len(taps), c_out)
+            rows |= {i: product[:, :, t] for t, i in enumerate(taps)}
+        return jnp.stack([rows[i] for i in range(kh)]).astype(kernel.dtype)
 
     dkernel = lax.platform_dependent(x, gradient, cpu=as_products, default=as_convolution)
     return dx, dkernel
@@ -185,6 +199,17 @@ class ConvModule(nnx.Module):
         if self.has_norm:
             x = self.gn(x)
         return jax.nn.relu(x) if self.relu else x
+
+
+def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b ho wo c"]:
+    """3x3 max-pooling of stride 2, padded by one with -inf on each side, as PyTorch's MaxPool2d(3, 2, 1).
+
+    As maxima of slices, rows first: the gradient of XLA's window reduction takes twice the time on CPUs.
+    """
+    h, w = ((side - 1) // 2 * 2 + 1 for side in x.shape[1:3])
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    x = functools.reduce(jnp.maximum, [x[:, i : i + h : 2] for i in range(3)])
+    return functools.reduce(jnp.maximum, [x[:, :, j : j + w : 2] for j in range(3)])
 
 
 def upsample_nearest(x: Float[Array, "b h w c"], size: Sequence[int]) -> Float[Array, "b ho wo c"]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from gfl_jax.interop.pretrained import load_backbone
 from gfl_jax.models.fpn import FPN
 from gfl_jax.models.heads import GFLHead, Outputs
 from gfl_jax.models.layers import Norm
@@ -116,18 +117,27 @@ class Network:
         self._eval_graph = nnx.split(network)[0]
 
     def init(self, seed: int) -> Variables:
-        """Random weights, the backbone's from `model.backbone.pretrained` where that is given."""
+        """Random weights."""
         network = self._build(rngs=nnx.Rngs(seed))
         params = _flat(nnx.state(network, nnx.Param))
-        stats = _flat(nnx.state(network, nnx.BatchStat))
-        if self.model.backbone.pretrained:
-            prefix = "backbone."
-            arrays = {k.removeprefix(prefix): v for k, v in {**params, **stats}.items() if prefix in k}
-            loaded = load_backbone(arrays, self.model.backbone.pretrained)
-            params |= {k: jnp.asarray(loaded[k.removeprefix(prefix)]) for k in params if prefix in k}
-            stats |= {k: jnp.asarray(loaded[k.removeprefix(prefix)]) for k in stats}
-        frozen = {k: v for k, v in params.items() if self._is_frozen(k)}
-        return Variables({k: v for k, v in params.items() if k not in frozen}, frozen, stats)
+        frozen = {name: params.pop(name) for name in list(params) if self._is_frozen(name)}
+        return Variables(params, frozen, _flat(nnx.state(network, nnx.BatchStat)))
+
+    def load_pretrained(self, variables: Variables) -> Variables:
+        """The same with the backbone of `model.backbone.pretrained`, if one is named.
+
+        Raises:
+            FileNotFoundError: it is neither here nor to be fetched; the message says what to do.
+            ValueError: its arrays are not those of this backbone; every difference is named.
+        """
+        source = self.model.backbone.pretrained
+        if not source:
+            return variables
+        arrays = variables.params | variables.frozen | variables.stats
+        paths = [path for path in self._paths if path[0] == "backbone"]
+        loaded = load_backbone({path[1:]: arrays[_dotted(path)] for path in paths}, source)
+        named = {_dotted(path): jnp.asarray(loaded[path[1:]]) for path in paths}
+        return Variables(*({k: named.get(k, v) for k, v in part.items()} for part in variables))
 
     def apply(
         self,

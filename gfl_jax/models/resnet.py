@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from gfl_jax.models.layers import Norm, conv2d, normalization
+from gfl_jax.models.layers import Norm, conv2d, max_pool, normalization
 
 # Kaiming normal over the fan-out, as both torchvision and mmdet initialise ResNet convolutions.
 _kaiming = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -117,9 +116,7 @@ class ResNet(nnx.Module):
     def __call__(self, x: Float[Array, "b h w 3"]) -> list[Float[Array, "b _ _ _"]]:
         """Features C2..C5 of normalised images."""
         x = jax.nn.relu(self.bn1(self.conv1(x)))
-        x = lax.reduce_window(  # 3x3 max-pooling, stride 2, padded by one on each side
-            x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
-        )
+        x = max_pool(x)
         features = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from tqdm import tqdm
 
-from gfl_jax.config import Experiment
+from gfl_jax.config import Experiment, Train
 from gfl_jax.data.coco import PreparedSplit
 from gfl_jax.data.loader import batches, eval_plan, max_boxes_of, train_plan
 from gfl_jax.evaluation import Evaluation, evaluate, ground_truth, predict_all
@@ -19,7 +20,14 @@ from gfl_jax.models.network import Network
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.metrics import MetricsLog
 from gfl_jax.training.parallel import AXIS, Pmap, ShardMap
-from gfl_jax.training.step import init_state, learning_rate, make_predict, make_train_step, sgd
+from gfl_jax.training.step import (
+    TrainState,
+    init_state,
+    learning_rate,
+    make_predict,
+    make_train_step,
+    sgd,
+)
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -72,6 +80,12 @@ class Evaluator:
         return evaluate(results, self._truth, image_ids), results
 
 
+def abstract_state(network: Network, train: Train) -> TrainState:
+    """Shapes and dtypes of a run's state, to restore it into."""
+    optimizer = sgd(train, optax.constant_schedule(0.0))
+    return jax.eval_shape(lambda: init_state(network.init(0), optimizer, train))
+
+
 def fit(
     experiment: Experiment,
     network: Network,
@@ -87,8 +101,13 @@ def fit(
 
     Raises:
         NonFiniteLossError: a loss is not finite; nothing of that step is saved.
-        ValueError: the checkpoint is of another model.
+        ValueError: the checkpoint is of another model, or the splits have different classes.
     """
+    if train_split.category_ids != val_split.category_ids:
+        raise ValueError(
+            f"training has the categories {train_split.category_names}, evaluation has "
+            f"{val_split.category_names}: both annotation files must list the same"
+        )
     train = experiment.train
     plan = train_plan(experiment.data, train_split, train.batch_size, train.seed)
     per_epoch = plan.steps_per_epoch
@@ -103,13 +122,14 @@ def fit(
 
     newest, best = Checkpoints(workdir / "checkpoints", keep=2), Checkpoints(workdir / "best")
     if newest.step is None:
-        start, state = 0, init_state(network, optimizer, train)
+        variables = network.load_pretrained(network.init(train.seed))
+        start, state = 0, init_state(variables, optimizer, train)
     else:
-        like = jax.eval_shape(lambda: init_state(network, optimizer, train))
-        start, state = newest.step, newest.restore(like)
+        start, state = newest.step, newest.restore(abstract_state(network, train))
         print(f"continuing from step {start} of {total} in {newest.folder}")
     state = devices.replicate(state)
     log = MetricsLog(workdir, start)
+    about = {"category_ids": val_split.category_ids, "category_names": val_split.category_names}
 
     checkpoint_every = train.checkpoint_every or per_epoch
     eval_every = (train.eval_every or train.epochs) * per_epoch
@@ -137,7 +157,7 @@ def fit(
             progress.write(f"epoch {step / per_epoch:g}\n{evaluation}")
             ap = evaluation.metrics["AP"]
             if best.step is None or ap > best.about()[1]["AP"]:
-                best.save(step, devices.fetch_replicated(state), experiment, {"AP": ap})
+                best.save(step, devices.fetch_replicated(state), experiment, about | {"AP": ap})
             since, images = time.perf_counter(), 0
         if done:
             break
@@ -162,7 +182,7 @@ def fit(
         pending = None if saves else (step, host.image_ids, scalars, per_image)
         progress.update()
         if saves:
-            newest.save(step + 1, devices.fetch_replicated(state), experiment, {})
+            newest.save(step + 1, devices.fetch_replicated(state), experiment, about)
     progress.close()
     log.close()
     newest.close()

@@ -34,7 +34,7 @@ class Pmap:
     def replicate(self, tree: Any) -> Any:
         """A host tree on every device."""
         # Through pmap itself: arrays placed otherwise make the first step compile twice.
-        copy = jax.pmap(lambda _, x: x, in_axes=(0, None), devices=self._devices)
+        copy = jax.pmap(lambda _, x: x, AXIS, in_axes=(0, None), devices=self._devices)
         return copy(np.zeros(self.count), tree)
 
     def shard(self, tree: Any) -> Any:

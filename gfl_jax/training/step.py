@@ -56,9 +56,10 @@ def sgd(train: Train, schedule: optax.Schedule) -> optax.GradientTransformation:
     )
 
 
-def init_state(network: Network, optimizer: optax.GradientTransformation, train: Train) -> TrainState:
-    """The state before the first step."""
-    variables = network.init(train.seed)
+def init_state(
+    variables: Variables, optimizer: optax.GradientTransformation, train: Train
+) -> TrainState:
+    """The state before the first step from these variables."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
