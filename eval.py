@@ -1,37 +1,77 @@
-"""Evaluates a checkpoint: `python eval.py FOLDER [--limit N] [--data.root DIR] [--any.field VALUE]`.
+"""Evaluates a checkpoint: `python eval.py FOLDER [--limit N] [--out DIR] [--any.field VALUE ...]`.
 
 FOLDER is a work directory of train.py, whose best checkpoint is taken, or a folder of checkpoints.
-Prints pycocotools' twelve numbers, a table of the classes and images/s; writes COCO results, numbers
-and a contact sheet into FOLDER/eval.
+Prints pycocotools' twelve numbers, a table of the classes and images/s with and without
+post-processing; writes COCO results, numbers and a contact sheet.
 """
 
+import json
 import sys
+from pathlib import Path
 
 if __name__ == "__main__":
     from gfl_jax.host import use_huge_pages
 
     use_huge_pages()
 
-import dataclasses
-import itertools
-import json
-from pathlib import Path
-
-from gfl_jax.config import parse_evaluation
-from gfl_jax.data.loader import batches, open_split
-from gfl_jax.evaluation import images_per_second
+from gfl_jax.config import EvalCommand, parse_fields
+from gfl_jax.data.coco import DataError
+from gfl_jax.data.loader import open_split
 from gfl_jax.models.network import Network
 from gfl_jax.report import contact_sheet
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.loop import Evaluator, abstract_state
 from gfl_jax.training.parallel import parallel
-from gfl_jax.training.step import make_forward
 
 
 def main(arguments: list[str]) -> None:
-    # ---------------------------------------------------------------- checkpoint and experiment
-    folder = Path(arguments[0]) if arguments and arguments[0][0] != "-" else None
-    if folder is None and "--help" not in arguments:
-        raise SystemExit(f"{__doc__}\nname the folder of a checkpoint")
+    """Checkpoint to numbers and a picture."""
+    # ------------------------------------------------------------------ checkpoint and experiment
+    if not arguments or arguments[0].startswith("-"):
+        raise FileNotFoundError(f"the first argument is the folder of a checkpoint\n\n{__doc__}")
+    folder = Path(arguments[0])
     checkpoints = Checkpoints.find(folder)
-    experiment, options, about = ...
+    experiment, about = checkpoints.about()
+    experiment, command = parse_fields(EvalCommand, experiment, arguments[1:], __doc__)
+    out = Path(command.out or folder / "eval")
+    out.mkdir(parents=True, exist_ok=True)
+
+    # ------------------------------------------------------------------ data
+    split = open_split(experiment.data, "val")
+    if split.category_names != about["category_names"]:
+        raise ValueError(
+            f"the checkpoint knows {about['category_names']}, the data has {split.category_names}"
+        )
+
+    # ------------------------------------------------------------------ model
+    network = Network(experiment.model, len(split.category_ids), experiment.detector.box.channels)
+    devices = parallel(experiment.train.mapping, experiment.train.batch_size)
+    state = checkpoints.restore(abstract_state(network, experiment.train))
+    variables = devices.replicate(state.evaluated())
+
+    # ------------------------------------------------------------------ evaluation and speed
+    evaluator = Evaluator(
+        experiment, network, devices, split, experiment.train.batch_size, command.limit
+    )
+    evaluation, results = evaluator(variables)
+    with_post, without_post = evaluator.images_per_second(variables)
+
+    # ------------------------------------------------------------------ numbers and picture
+    (out / "results.json").write_text(json.dumps(results))
+    (out / "metrics.json").write_text(json.dumps({"step": checkpoints.step, **evaluation.metrics}))
+    contact_sheet(out / "detections.png", split, results)
+    print(
+        f"\nstep {checkpoints.step} of {checkpoints.folder} on "
+        f"{len(evaluator.plan.indices)} images\n"
+        f"{evaluation}\n\n{evaluation.class_table()}\n\n"
+        f"{with_post:.2f} images/s, {without_post:.2f} without post-processing (batches of "
+        f"{experiment.train.batch_size} on {devices.count} x {devices.kind}, loading not counted)\n"
+        f"picture {out / 'detections.png'}, results {out / 'results.json'}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (DataError, FileNotFoundError) as error:
+        sys.exit(f"\nerror: {error}")

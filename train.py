@@ -1,6 +1,6 @@
-"""Trains a detector: `python train.py [CONFIG] [--workdir W] [--any.field VALUE]`.
+"""Trains a detector: `python train.py [CONFIG] [--workdir W] [--any.field VALUE ...]`.
 
-Without a config it makes the `shapes` data set and trains a small GFL on it in a few minutes. The
+Without a config it makes the `shapes` data set and trains a small GFL on it within minutes. The
 same command again continues where the work directory left off. `--help` lists every field.
 """
 
@@ -8,39 +8,52 @@ import sys
 import time
 from pathlib import Path
 
-from gfl_jax.config import parse_command_line
+if __name__ == "__main__":
+    from gfl_jax.host import use_huge_pages
+
+    use_huge_pages()
+
+from gfl_jax.config import TrainCommand, load_experiment, parse_fields
+from gfl_jax.data.coco import DataError
 from gfl_jax.data.loader import open_split
 from gfl_jax.models.network import Network
 from gfl_jax.report import finish
-from gfl_jax.training.loop import fit
+from gfl_jax.training.loop import NonFiniteLossError, fit
 from gfl_jax.training.parallel import parallel
 
-DEFAULT = "configs/gfl_r18_fpn_shapes.py"
+DEFAULT = Path(__file__).parent / "configs" / "gfl_r18_fpn_shapes.py"
 
 
 def main(arguments: list[str]) -> None:
+    """Experiment to trained detector, AP and pictures."""
     started = time.perf_counter()
 
-    # ---------------------------------------------------------------- experiment
-    experiment, workdir = parse_command_line(arguments, default=DEFAULT, doc=__doc__)
-    workdir.mkdir(parents=True, exist_ok=True)
+    # ------------------------------------------------------------------ experiment
+    named = bool(arguments) and not arguments[0].startswith("-")
+    config = Path(arguments[0]) if named else DEFAULT
+    experiment, command = parse_fields(
+        TrainCommand, load_experiment(config), arguments[named:], __doc__
+    )
+    workdir = Path(command.workdir or f"runs/{config.stem}")
 
-    # ---------------------------------------------------------------- data
+    # ------------------------------------------------------------------ data
     train_split = open_split(experiment.data, "train")
     val_split = open_split(experiment.data, "val")
 
-    # ---------------------------------------------------------------- model
-    network = Network(
-        experiment.model, len(train_split.category_ids), experiment.detector.box.channels
-    )
+    # ------------------------------------------------------------------ model
+    classes, channels = len(train_split.category_ids), experiment.detector.box.channels
+    network = Network(experiment.model, classes, channels)
     devices = parallel(experiment.train.mapping, experiment.train.batch_size)
 
-    # ---------------------------------------------------------------- train and evaluate
+    # ------------------------------------------------------------------ steps and evaluations
     fit(experiment, network, train_split, val_split, devices, workdir)
 
-    # ---------------------------------------------------------------- pictures, and what to do next
+    # ------------------------------------------------------------------ pictures
     finish(workdir, val_split, time.perf_counter() - started)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (DataError, FileNotFoundError, NonFiniteLossError) as error:
+        sys.exit(f"\nerror: {error}")

@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import runpy
+import sys
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
@@ -26,11 +27,12 @@ class Data:
     cache_dir: where prepared data is kept.
     on_error: 'raise' stops at bad input; 'skip' leaves it out, counts it and lists it.
     scale: images are resized keeping their ratio to fit these (long, short) sides, in pixels.
-    multi_scale: smallest and largest short side in training, drawn once a batch; empty for one scale.
+    multi_scale: smallest and largest short side in training, drawn once a batch; None: one scale.
     canvases: (height, width) of the landscape canvases, small to large, multiples of 32; portrait
         ones are their mirrors. Empty: the one that holds `scale`.
     flip: probability of a horizontal flip in training.
     workers: processes that prepare batches; 0 uses threads of the training process.
+    cache_megabytes: memory for resized images, in each worker: a small data set is decoded once.
     """
 
     source: str = "coco"
@@ -47,11 +49,15 @@ class Data:
     canvases: tuple[tuple[int, int], ...] = ()
     flip: float = 0.5
     workers: int = 4
+    cache_megabytes: int = 0
 
     def __post_init__(self):
         if self.scale[0] < self.scale[1] or self.scale[1] < 32:
             raise ValueError(f"data.scale is {self.scale}; give (long, short) sides, short >= 32")
-        if self.multi_scale and not 32 <= self.multi_scale[0] <= self.multi_scale[1] <= self.scale[1]:
+        if (
+            self.multi_scale
+            and not 32 <= self.multi_scale[0] <= self.multi_scale[1] <= self.scale[1]
+        ):
             raise ValueError(
                 f"data.multi_scale is {self.multi_scale}; give (smallest, largest) short sides "
                 f"between 32 and {self.scale[1]}, the short side of data.scale"
@@ -128,7 +134,12 @@ def load_experiment(path: str | Path) -> Experiment:
     if not path.is_file():
         known = ", ".join(sorted(p.as_posix() for p in Path("configs").glob("*.py")))
         raise FileNotFoundError(f"no config file {path}; there are: {known or 'none in configs/'}")
-    experiment = runpy.run_path(str(path)).get("experiment")
+    # A config may import another one of its folder: `from configs.other import experiment`.
+    sys.path.insert(0, str(path.resolve().parents[1]))
+    try:
+        experiment = runpy.run_path(str(path)).get("experiment")
+    finally:
+        sys.path.pop(0)
     if not isinstance(experiment, Experiment):
         raise ValueError(f"{path} must define `experiment = Experiment(...)`, found {experiment!r}")
     return experiment
@@ -159,33 +170,53 @@ def from_dict(kind: Any, value: Any) -> Any:
     return value
 
 
-def parse_command_line(
-    arguments: list[str], default: str, doc: str | None = None
-) -> tuple[Experiment, Path]:
-    """Reads `[CONFIG] [--workdir W] [--any.field VALUE ...]`.
+@dataclasses.dataclass(frozen=True)
+class TrainCommand(Experiment):
+    """What train.py takes.
+
+    workdir: where everything of the run is kept; empty: runs/<name of the config>.
+    """
+
+    workdir: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalCommand(Experiment):
+    """What eval.py takes.
+
+    limit: evaluate the first images only; 0 for all.
+    out: where results and pictures go; empty: the folder `eval` beside the checkpoints.
+    """
+
+    limit: int = 0
+    out: str = ""
+
+
+Command = TypeVar("Command", bound=Experiment)
+
+
+def parse_fields(
+    command: type[Command], experiment: Experiment, arguments: list[str], doc: str | None
+) -> tuple[Experiment, Command]:
+    """Changes fields of an experiment by `--any.field VALUE`; a mistyped one ends the program.
 
     Args:
+        command: Experiment with further fields.
+        experiment: the values to start from.
         arguments: of the command line.
-        default: the config file taken if none is named.
-        doc: help text.
+        doc: shown by --help, above all fields.
 
     Returns:
-        The experiment and the work directory, `runs/<name of the config>` unless named.
+        The experiment and the whole command.
     """
-    named = bool(arguments) and not arguments[0].startswith("-")
-    config = Path(arguments[0] if named else default)
-
-    @dataclasses.dataclass(frozen=True)
-    class CommandLine(Experiment):
-        workdir: str = f"runs/{config.stem}"
-
-    base = load_experiment(config)
-    fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+    fields = {
+        field.name: getattr(experiment, field.name) for field in dataclasses.fields(Experiment)
+    }
     parsed = tyro.cli(
-        CommandLine,
-        default=CommandLine(**fields),
-        args=arguments[named:],
+        command,
+        default=command(**fields),
+        args=arguments,
         description=doc,
         config=(tyro.conf.AvoidSubcommands,),
     )
-    return Experiment(**{name: getattr(parsed, name) for name in fields}), Path(parsed.workdir)
+    return Experiment(**{name: getattr(parsed, name) for name in fields}), parsed

@@ -4,12 +4,10 @@ import contextlib
 import dataclasses
 import io
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -25,7 +23,7 @@ METRICS = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "A
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """metrics: by the names of METRICS.  per_class: class name to AP and AP50, -1 if it has no box."""
+    """metrics: by the names of METRICS.  per_class: name to AP and AP50, -1 if it has no box."""
 
     metrics: dict[str, float]
     per_class: dict[str, tuple[float, float]]
@@ -139,10 +137,8 @@ def _recorded(split: PreparedSplit) -> dict[str, Any]:
     }
 
 
-def evaluate(
-    results: list[dict[str, Any]], truth: COCO, image_ids: Iterable[int]
-) -> Evaluation:
-    """pycocotools' bbox evaluation of COCO results on these images."""
+def evaluate(results: list[dict[str, Any]], truth: COCO, image_ids: Iterable[int]) -> Evaluation:
+    """Pycocotools' bbox evaluation of COCO results on these images."""
     with contextlib.redirect_stdout(io.StringIO()):
         detections = truth.loadRes(results) if results else COCO()
         if not results:
@@ -165,15 +161,3 @@ def evaluate(
         for k, category in enumerate(judge.params.catIds)
     }
     return Evaluation(dict(zip(METRICS, map(float, judge.stats), strict=True)), per_class)
-
-
-def images_per_second(run: Callable, variables: Any, shards: Iterator[Any], repeats: int) -> float:
-    """Throughput of a mapped function on batches that lie on the devices: median of `repeats`."""
-    rates = []
-    for shard in shards:
-        jax.block_until_ready(run(variables, shard))  # compile and warm up
-        for _ in range(repeats):
-            start = time.perf_counter()
-            jax.block_until_ready(run(variables, shard))
-            rates.append(np.asarray(shard.image_mask).sum() / (time.perf_counter() - start))
-    return float(np.median(rates))

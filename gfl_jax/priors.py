@@ -41,8 +41,8 @@ class SquareAnchors:
     """One square anchor per cell, as in ATSS (Zhang et al., arXiv 1912.02424) and GFL.
 
     scale: side in strides of the level.
-    center_offset: position of a cell's centre in strides; 0 puts it on the cell's top-left corner as
-        the reference does, 0.5 in its middle. Weights trained with one lose AP with another.
+    center_offset: position of a cell's centre in strides; 0 puts it on the cell's top-left corner
+        as the reference does, 0.5 in its middle. Weights trained with one lose AP with another.
     """
 
     scale: float = 8.0

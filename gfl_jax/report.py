@@ -13,7 +13,7 @@ from gfl_jax.data.coco import PreparedSplit
 from gfl_jax.training.metrics import read_metrics
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 TRUTH = (255, 255, 255)
 
@@ -41,7 +41,9 @@ def contact_sheet(
     candidates = np.flatnonzero(np.isin(split.image_ids, list(evaluated)) & (split.num_boxes > 0))
     if not len(candidates):
         candidates = np.arange(len(split.image_ids))
-    chosen = candidates[np.linspace(0, len(candidates) - 1, min(count, len(candidates))).astype(int)]
+    chosen = candidates[
+        np.linspace(0, len(candidates) - 1, min(count, len(candidates))).astype(int)
+    ]
     label_of = {category_id: label for label, category_id in enumerate(split.category_ids)}
     tiles = []
     for index in chosen:
@@ -91,7 +93,7 @@ def _color(label: int) -> tuple[int, int, int]:
 
 
 def _draw(image: np.ndarray, box: np.ndarray, label: int, text: str) -> None:
-    x1, y1, x2, y2 = (int(round(float(side))) for side in box)
+    x1, y1, x2, y2 = (round(float(side)) for side in box)
     cv2.rectangle(image, (x1, y1), (x2, y2), _color(label), 2)
     (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.35, 1)
     x, y = max(min(x1, image.shape[1] - width - 2), 0), max(y1 - 2, height + 2)
@@ -100,9 +102,7 @@ def _draw(image: np.ndarray, box: np.ndarray, label: int, text: str) -> None:
 
 
 def _write(image: np.ndarray, text: str, position: tuple[int, int]) -> None:
-    cv2.putText(
-        image, text, position, cv2.FONT_HERSHEY_SIMPLEX, 0.35, (0, 0, 0), 1, cv2.LINE_AA
-    )
+    cv2.putText(image, text, position, cv2.FONT_HERSHEY_SIMPLEX, 0.35, (0, 0, 0), 1, cv2.LINE_AA)
 
 
 def plot_run(workdir: Path) -> None:

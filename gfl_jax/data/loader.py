@@ -1,9 +1,10 @@
 """Opens the data of an experiment and feeds planned batches through Grain workers."""
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain.python as grain
 import numpy as np
@@ -84,7 +85,31 @@ def eval_plan(data: Data, split: PreparedSplit, batch_size: int, limit: int = 0)
     )
 
 
-def load_batch(step: int, *, plan: BatchPlan, split: PreparedSplit, max_boxes: int) -> HostBatch:
+@dataclasses.dataclass
+class ImageCache:
+    """Resized images and their scales kept in memory, until `limit` bytes are taken.
+
+    Small data sets at one scale are so decoded once instead of in every epoch.
+    """
+
+    limit: int
+    taken: int = 0
+    images: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def get(self, key: Any, load: Callable[[], tuple[np.ndarray, Any]]) -> tuple[np.ndarray, Any]:
+        """What `load` returns for this key, from memory if it is there; not to be written to."""
+        if key not in self.images:
+            loaded = load()
+            if self.taken + loaded[0].nbytes > self.limit:
+                return loaded
+            self.taken += loaded[0].nbytes
+            self.images[key] = loaded
+        return self.images[key]
+
+
+def load_batch(
+    step: int, *, plan: BatchPlan, split: PreparedSplit, max_boxes: int, cache: ImageCache
+) -> HostBatch:
     """Decodes, resizes, flips and pads the images of a step; keeps boxes that are ground truth."""
     slots = plan(step)
     size = len(slots.images)
@@ -100,8 +125,12 @@ def load_batch(step: int, *, plan: BatchPlan, split: PreparedSplit, max_boxes: i
     for slot, index in enumerate(slots.images):
         record = split.source[int(index)]
         stated = (record["height"], record["width"])
-        image = images.decode(record["image"], stated, record["filename"])
-        image, scale = images.resize_keep_ratio(image, plan.scale[0], slots.short_side)
+
+        def resized(record=record, stated=stated):
+            image = images.decode(record["image"], stated, record["filename"])
+            return images.resize_keep_ratio(image, plan.scale[0], slots.short_side)
+
+        image, scale = cache.get((int(index), slots.short_side), resized)
         height, width = image.shape[:2]
         keep = ~(record["crowd"] | record["ignore"])
         boxes = images.scale_boxes(record["boxes"][keep], scale, (height, width))
@@ -122,20 +151,22 @@ def max_boxes_of(split: PreparedSplit) -> int:
     return int(-(-max(split.num_boxes.max(), 1) // 8) * 8)
 
 
-def batches(
-    plan: BatchPlan, split: PreparedSplit, steps: range, workers: int, max_boxes: int | None = None
-) -> Iterator[HostBatch]:
-    """The batches of these steps, prepared ahead by `workers` processes (0: by threads)."""
+def batches(plan: BatchPlan, split: PreparedSplit, steps: range, data: Data) -> Iterator[HostBatch]:
+    """The batches of these steps in order, prepared ahead by workers or threads."""
     load = functools.partial(
-        load_batch, plan=plan, split=split, max_boxes=max_boxes or max_boxes_of(split)
+        load_batch,
+        plan=plan,
+        split=split,
+        max_boxes=max_boxes_of(split),
+        cache=ImageCache(data.cache_megabytes * 2**20),
     )
     if not len(steps):
         return iter(())
     dataset = grain.MapDataset.range(steps.start, steps.stop).map(load)
     read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     iterable = dataset.to_iter_dataset(read)
-    if workers:
+    if data.workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags
-        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
     return iter(iterable)

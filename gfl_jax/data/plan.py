@@ -1,4 +1,4 @@
-"""Which images, at which scale and on which canvas, make up each batch: a pure function of the seed.
+"""Which images, at which scale and on which canvas, make up each batch: a function of the seed.
 
 Every host computes the same plan, every image is seen exactly once an epoch, and one integer, the
 step, says where a run is.
@@ -31,7 +31,7 @@ class Slots(NamedTuple):
 def canvases_of(
     scale: tuple[int, int], landscape: tuple[tuple[int, int], ...] = ()
 ) -> tuple[tuple[int, int], ...]:
-    """Landscape canvases and their mirrors, by area; the one that holds `scale` if none is given."""
+    """Landscape canvases and their mirrors, by area; if none is given the one for `scale`."""
     long_side, short_side = (-(-side // 32) * 32 for side in scale)
     landscape = landscape or ((short_side, long_side),)
     both = {*landscape, *((width, height) for height, width in landscape)}
@@ -64,7 +64,7 @@ class BatchPlan:
 
     @functools.cached_property
     def _groups(self) -> list[np.ndarray]:
-        """Portrait and landscape images, apart: a batch has one orientation, as in the reference."""
+        """Portrait and landscape images, apart: a batch has one orientation."""
         height, width = self.sizes[self.indices].T
         groups = [self.indices[height > width], self.indices[height <= width]]
         return [group for group in groups if len(group)]

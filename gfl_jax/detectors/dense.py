@@ -1,4 +1,4 @@
-"""A dense detector as five choices, and the two things done with its outputs: losses and detections.
+"""A dense detector as five choices, and what is done with its outputs: losses and detections.
 
 GFL (Li et al., arXiv 2006.04388) = square anchors + ATSS + General distribution with DFL + joint
 quality + QFL.
@@ -82,7 +82,7 @@ class JointQuality:
     """Quality representation of GFL, section 3.1: the score of the true class *is* the IoU.
 
     weighting: what weighs the box and distribution losses of a positive: the highest class score it
-        now predicts (the authors' code), its IoU, or nothing. The authors found no difference in AP.
+        now predicts (the authors' code), its IoU, or nothing. The authors found no difference.
     """
 
     weighting: Literal["predicted", "iou", "none"] = "predicted"
@@ -113,9 +113,7 @@ class Detector:
 
     def __post_init__(self):
         if self.box.n < 1 or self.box.delta <= 0:
-            raise ValueError(
-                f"detector.box needs n >= 1 and delta > 0, not n={self.box.n}, delta={self.box.delta}"
-            )
+            raise ValueError(f"detector.box needs n >= 1 and delta > 0, it is {self.box}")
         if self.classification.beta < 0:
             raise ValueError(
                 f"detector.classification.beta is {self.classification.beta}; it must be >= 0"
@@ -150,7 +148,9 @@ class Detector:
         object_index = jnp.maximum(matched, 0)
         target = jnp.take_along_axis(batch.boxes, object_index[..., None], axis=1) / strides
         # Negatives get a harmless box: their terms are finite before they are weighted by zero.
-        target = jnp.where(positive[..., None], target, jnp.concatenate([points - 1, points + 1], -1))
+        target = jnp.where(
+            positive[..., None], target, jnp.concatenate([points - 1, points + 1], -1)
+        )
         label = jnp.take_along_axis(batch.labels, object_index, axis=1)
 
         cls_logits = _flatten(outputs.cls_logits)  # b anchors classes
@@ -161,11 +161,14 @@ class Detector:
         iou = lax.stop_gradient(aligned_iou(predicted, target))
         quality = jnp.where(positive, iou, 0.0)
         soft_labels = quality[..., None] * jax.nn.one_hot(label, cls_logits.shape[-1])
-        weight = positive * {
-            "predicted": lax.stop_gradient(jax.nn.sigmoid(cls_logits).max(-1)),
-            "iou": iou,
-            "none": jnp.ones_like(iou),
-        }[self.quality.weighting]
+        weight = (
+            positive
+            * {
+                "predicted": lax.stop_gradient(jax.nn.sigmoid(cls_logits).max(-1)),
+                "iou": iou,
+                "none": jnp.ones_like(iou),
+            }[self.quality.weighting]
+        )
 
         qfl = quality_focal_loss(cls_logits, soft_labels, self.classification.beta).sum(-1) * valid
         giou = giou_loss(predicted, target) * weight
@@ -187,8 +190,8 @@ class Detector:
     ) -> Detections:
         """Boxes in pixels of the original images, by descending score, a fixed number an image.
 
-        Per level the best `nms_pre` (cell, class) pairs above the threshold; decoded, clipped to the
-        image, scaled back; then class-wise NMS over all levels together.
+        Per level the best `nms_pre` (cell, class) pairs above the threshold; decoded, clipped to
+        the image, scaled back; then class-wise NMS over all levels together.
         """
         priors = _priors_of(self.priors, outputs)
 

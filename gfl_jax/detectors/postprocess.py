@@ -1,4 +1,4 @@
-"""From scores to a fixed number of detections: top-k and class-wise NMS, under jit, without sorting boxes."""
+"""From scores to a fixed number of detections: top-k and class-wise NMS, all under jit."""
 
 import dataclasses
 from typing import NamedTuple

@@ -1,1 +1,1 @@
-"""Flax NNX modules: backbones, feature pyramid and heads, with the attribute names of the reference."""
+"""Flax NNX modules: backbones, feature pyramid and heads, with the reference's attribute names."""

@@ -1,4 +1,4 @@
-"""Feature pyramid (Lin et al., arXiv 1612.03144) with two extra levels, as RetinaNet and ATSS use it."""
+"""Feature pyramid (Lin et al., arXiv 1612.03144) with two extra levels, P6 and P7."""
 
 from collections.abc import Sequence
 
@@ -37,7 +37,9 @@ class FPN(nnx.Module):
             [conv(width, 3) for _ in in_features] + [conv(width, 3, stride=2) for _ in range(2)]
         )
 
-    def __call__(self, features: Sequence[Float[Array, "b _ _ _"]]) -> list[Float[Array, "b _ _ c"]]:
+    def __call__(
+        self, features: Sequence[Float[Array, "b _ _ _"]]
+    ) -> list[Float[Array, "b _ _ c"]]:
         merged = [lateral(x) for lateral, x in zip(self.lateral_convs, features, strict=True)]
         for i in reversed(range(len(merged) - 1)):
             merged[i] = merged[i] + upsample_nearest(merged[i + 1], merged[i].shape[1:3])

@@ -1,4 +1,4 @@
-"""The few layers every network here is made of, with the reference's padding, eps and initialisers."""
+"""The few layers every network here is made of, with the reference's padding and eps."""
 
 import functools
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Norm = Literal["frozen_bn", "bn", "gn"]
-"""frozen_bn: constant statistics of a pretrained network, trainable affine (the reference's norm_eval).
+"""frozen_bn: constant statistics of a pretrained network, trainable affine (norm_eval of mmdet).
 bn: batch statistics with running averages, for training from random weights.  gn: GroupNorm."""
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
@@ -91,8 +91,8 @@ def conv2d(
 ) -> nnx.Conv:
     """A square convolution padded by (k-1)//2 on *both* sides, as in PyTorch.
 
-    XLA's 'SAME' pads stride-2 convolutions of even inputs at the bottom and right only, which shifts
-    every feature by a pixel against weights trained elsewhere.
+    XLA's 'SAME' pads stride-2 convolutions of even inputs at the bottom and right only, which
+    shifts every feature by a pixel against weights trained elsewhere.
     """
     pad = (kernel_size - 1) // 2
     return nnx.Conv(
@@ -148,9 +148,7 @@ def normalization(
         )
     if kind == "gn":
         if features % groups:
-            raise ValueError(
-                f"GroupNorm with {groups} groups needs a multiple of {groups} channels, not {features}"
-            )
+            raise ValueError(f"{groups} groups of GroupNorm cannot share {features} channels")
         # Two passes (mean, then squared deviations): E[x^2] - E[x]^2 loses digits of the reference.
         return nnx.GroupNorm(
             features,
@@ -165,7 +163,7 @@ def normalization(
 
 
 class ConvModule(nnx.Module):
-    """Convolution, then optionally GroupNorm and ReLU: `conv` and `gn` of the reference's ConvModule."""
+    """Convolution, then optionally GroupNorm and ReLU, named as in the reference's ConvModule."""
 
     def __init__(
         self,
@@ -202,9 +200,9 @@ class ConvModule(nnx.Module):
 
 
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b ho wo c"]:
-    """3x3 max-pooling of stride 2, padded by one with -inf on each side, as PyTorch's MaxPool2d(3, 2, 1).
+    """3x3 max-pooling of stride 2, padded by one with -inf on each side, as PyTorch does.
 
-    As maxima of slices, rows first: the gradient of XLA's window reduction takes twice the time on CPUs.
+    As maxima of slices: the gradient of XLA's window reduction takes twice the time on CPUs.
     """
     h, w = ((side - 1) // 2 * 2 + 1 for side in x.shape[1:3])
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)

@@ -94,7 +94,9 @@ class ResNet(nnx.Module):
         )
         self.bn1 = normalization(norm, width, dtype=dtype, rngs=rngs)
         c_in = width
-        for stage, (blocks, c_out) in enumerate(zip(BLOCKS[depth], out_features(depth, width), strict=True)):
+        for stage, (blocks, c_out) in enumerate(
+            zip(BLOCKS[depth], out_features(depth, width), strict=True)
+        ):
             layer = []
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1

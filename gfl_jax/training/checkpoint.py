@@ -29,6 +29,23 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
+    @classmethod
+    def find(cls, folder: Path) -> "Checkpoints":
+        """The checkpoints of a work directory, its best one if there is one; or a folder of them.
+
+        Raises:
+            FileNotFoundError: there is no complete checkpoint in any of these places.
+        """
+        for candidate in (folder / "best", folder / "checkpoints", folder):
+            if candidate.is_dir() and any(child.name.isdigit() for child in candidate.iterdir()):
+                found = cls(candidate)
+                if found.step is not None:
+                    return found
+        raise FileNotFoundError(
+            f"no complete checkpoint in {folder}: name a work directory of train.py, or a folder "
+            "whose entries are steps"
+        )
+
     @property
     def step(self) -> int | None:
         """Step of the newest complete checkpoint, None if there is none."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from gfl_jax.config import Experiment, Train
 from gfl_jax.data.coco import PreparedSplit
-from gfl_jax.data.loader import batches, eval_plan, max_boxes_of, train_plan
+from gfl_jax.data.loader import batches, eval_plan, train_plan
 from gfl_jax.evaluation import Evaluation, evaluate, ground_truth, predict_all
 from gfl_jax.models.network import Network
 from gfl_jax.training.checkpoint import Checkpoints
@@ -24,6 +24,7 @@ from gfl_jax.training.step import (
     TrainState,
     init_state,
     learning_rate,
+    make_forward,
     make_predict,
     make_train_step,
     sgd,
@@ -47,8 +48,8 @@ def check_finite(
     raise NonFiniteLossError(
         f"step {step}: {values}. "
         + ("Terms that are not finite come from" if faulty.any() else "The batch held")
-        + f" image ids {', '.join(map(str, culprits))}. The last checkpoint is from before; a lower "
-        "train.lr, a longer train.warmup_steps or train.clip_norm=35 may help."
+        + f" image ids {', '.join(map(str, culprits))}. The last checkpoint is from before; a "
+        "lower train.lr, a longer train.warmup_steps or train.clip_norm=35 may help."
     )
 
 
@@ -64,20 +65,36 @@ class Evaluator:
     limit: int = 0
 
     def __post_init__(self):
-        self.predict = self.devices.map(make_predict(self.network, self.experiment.detector), [True])
+        self.predict = self.devices.map(
+            make_predict(self.network, self.experiment.detector), [True]
+        )
         self.plan = eval_plan(self.experiment.data, self.split, self.batch_size, self.limit)
+        self._forward = self.devices.map(make_forward(self.network), [True])
         self._truth = ground_truth(self.split)
 
     def __call__(self, variables: Any) -> tuple[Evaluation, list[dict[str, Any]]]:
         """The evaluation and the COCO results of replicated variables."""
         steps = self.plan.steps_per_epoch
-        workers = min(self.experiment.data.workers, 1)
-        loaded = batches(self.plan, self.split, range(steps), workers)
+        loaded = batches(self.plan, self.split, range(steps), self.experiment.data)
         results = predict_all(
             self.predict, variables, loaded, self.devices, self.split, total=steps
         )
         image_ids = self.split.image_ids[self.plan.indices].tolist()
         return evaluate(results, self._truth, image_ids), results
+
+    def images_per_second(self, variables: Any, repeats: int = 5) -> tuple[float, float]:
+        """Throughput on the first batch, with and without post-processing: medians, in turn."""
+        host = next(batches(self.plan, self.split, range(1), self.experiment.data))
+        shard = self.devices.shard(host.batch)
+        seconds: dict[str, list[float]] = {"all": [], "forward": []}
+        for _ in range(repeats + 1):
+            for name, run in (("all", self.predict), ("forward", self._forward)):
+                start = time.perf_counter()
+                jax.block_until_ready(run(variables, shard))
+                seconds[name].append(time.perf_counter() - start)
+        images = len(host.batch.image_mask)
+        # The first run of each compiles.
+        return tuple(images / float(np.median(times[1:])) for times in seconds.values())
 
 
 def abstract_state(network: Network, train: Train) -> TrainState:
@@ -138,13 +155,10 @@ def fit(
         f"training on {len(plan.indices)} images ({unusable} without objects or under 32 pixels "
         f"left out), {per_epoch} steps an epoch, {total} in all\n"
         f"learning rate {train.lr:g} for 16 images x batch {train.batch_size} / 16 = "
-        f"{train.lr * train.batch_size / 16:g}, on {devices.count} x "
-        f"{jax.devices()[0].device_kind}"
+        f"{train.lr * train.batch_size / 16:g}, on {devices.count} x {devices.kind}"
     )
 
-    loaded = batches(
-        plan, train_split, range(start, total), experiment.data.workers, max_boxes_of(train_split)
-    )
+    loaded = batches(plan, train_split, range(start, total), experiment.data)
     progress = tqdm(initial=start, total=total, desc="training", unit=" steps", smoothing=0.05)
     since, images = time.perf_counter(), 0
     pending = None

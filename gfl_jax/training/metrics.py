@@ -10,7 +10,7 @@ from tensorboardX import SummaryWriter
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The entries of `workdir/metrics.jsonl` in order; a last line cut short by a kill is left out."""
+    """The entries of `workdir/metrics.jsonl` in order, without a last line cut short by a kill."""
     file = workdir / "metrics.jsonl"
     entries = []
     for line in file.read_text().splitlines() if file.is_file() else []:

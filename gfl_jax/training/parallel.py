@@ -20,6 +20,7 @@ class Pmap:
 
     def __init__(self, devices: Sequence[jax.Device]):
         self._devices, self.count = list(devices), len(devices)
+        self.kind = devices[0].device_kind
 
     def map(self, f: Callable, outputs: Sequence[bool], *, donate: bool = False) -> Callable:
         """`f(replicated, sharded)` over the devices.
@@ -54,7 +55,7 @@ class ShardMap:
     """jax.shard_map under jit: on the devices arrays have their global shapes."""
 
     def __init__(self, devices: Sequence[jax.Device]):
-        self.count = len(devices)
+        self.count, self.kind = len(devices), devices[0].device_kind
         self._mesh = Mesh(np.array(devices), (AXIS,))
 
     def map(self, f: Callable, outputs: Sequence[bool], *, donate: bool = False) -> Callable:

@@ -14,7 +14,6 @@ from gfl_jax.detectors.dense import Batch, Detector
 from gfl_jax.detectors.postprocess import Detections
 from gfl_jax.models.network import Arrays, Network, Variables
 
-
 Scalars = dict[str, Float[Array, ""]]
 PerImage = dict[str, Float[Array, " b"]]
 
@@ -77,8 +76,8 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Scalars, PerImage]]:
     """`train_step(state, batch, *, axis_name)`: one step on one device's share of the batch.
 
-    Returns the new state, scalars of the global batch (each loss term, their sum `loss`, `grad_norm`
-    and `lr`) and every image's share of the loss terms.
+    Returns the new state, scalars of the global batch (each loss term, their sum `loss`,
+    `grad_norm` and `lr`) and every image's share of the loss terms.
 
     The counts that losses are divided by, the losses and the gradients are summed over `axis_name`,
     so that the step does not depend on how images are spread over devices.
@@ -99,7 +98,9 @@ def make_train_step(
 
         updates, momenta = optimizer.update(gradient, state.optimizer, state.variables.params)
         params = optax.apply_updates(state.variables.params, updates)
-        ema = {k: train.ema_decay * v + (1 - train.ema_decay) * params[k] for k, v in state.ema.items()}
+        ema = {
+            k: train.ema_decay * v + (1 - train.ema_decay) * params[k] for k, v in state.ema.items()
+        }
         scalars = terms | {
             "loss": sum(terms.values()),
             "grad_norm": optax.global_norm(gradient),

@@ -1,0 +1,114 @@
+"""Eight CPU devices, one compilation cache for the session, and what several tests share."""
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+# Before anything imports jax.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # What one test compiled, a program that another test starts doesn't compile again.
+    _cache = tempfile.mkdtemp(prefix="gfl_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py and eval.py
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from gfl_jax.detectors.dense import Batch
+from gfl_jax.models.heads import Outputs
+from gfl_jax.models.network import Variables
+
+settings.register_profile("gfl_jax", deadline=None)
+settings.load_profile("gfl_jax")
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows by one whenever XLA compiles something."""
+    events = []
+
+    def listen(event, duration, **_):
+        if event == COMPILED:
+            events.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+class LinearNetwork:
+    """Predicts from the mean colour of each cell: has all that a Network has, and compiles at once."""
+
+    def __init__(self, model, num_classes, box_channels):
+        self._outputs = {"cls": num_classes, "box": box_channels}
+
+    def init(self, seed):
+        rng = np.random.default_rng(seed)
+        params = {}
+        for name, features in self._outputs.items():
+            params[f"{name}.kernel"] = jnp.asarray(rng.normal(0, 0.3, (3, features)), jnp.float32)
+            params[f"{name}.bias"] = jnp.asarray(rng.normal(-1, 0.3, features), jnp.float32)
+        return Variables(params, {"gain": jnp.full(3, 1.5)}, {"mean": jnp.zeros(3)})
+
+    def load_pretrained(self, variables):
+        return variables
+
+    def apply(self, variables, images, sizes, *, train):
+        arrays = variables.params
+        batch, height, width, _ = images.shape
+        cells = images.reshape(batch, height // 8, 8, width // 8, 8, 3) / 255 - 0.5
+        levels = [cells.mean((2, 4)) * variables.frozen["gain"]]
+        for _ in range(4):
+            levels.append(levels[-1][:, ::2, ::2])
+        outputs = Outputs(
+            *(
+                [x @ arrays[f"{name}.kernel"] + arrays[f"{name}.bias"] for x in levels]
+                for name in self._outputs
+            )
+        )
+        mean = variables.stats["mean"]
+        stats = {"mean": 0.9 * mean + 0.1 * levels[0].mean((0, 1, 2)) if train else mean}
+        return outputs, stats
+
+
+@pytest.fixture(scope="session")
+def linear_network():
+    """The class of a network that compiles at once."""
+    return LinearNetwork
+
+
+def _make_batch(objects, canvas=(64, 64), *, classes=3, slots=8, seed=0):
+    rng = np.random.default_rng(seed)
+    size, (height, width) = len(objects), canvas
+    low = rng.uniform(0, np.array([width, height]) - 20, (size, slots, 2))
+    side = rng.uniform(12, 40, (size, slots, 2))
+    boxes = np.concatenate([low, np.minimum(low + side, [width, height])], -1)
+    exists = np.arange(slots) < np.array(objects)[:, None]
+    return Batch(
+        images=rng.integers(0, 256, (size, height, width, 3), np.uint8),
+        sizes=np.tile(np.array([height, width], np.int32), (size, 1)),
+        scales=np.ones((size, 2), np.float32),
+        boxes=np.where(exists[..., None], boxes, 0).astype(np.float32),
+        labels=np.where(exists, rng.integers(0, classes, exists.shape), 0).astype(np.int32),
+        box_mask=exists,
+        image_mask=np.ones(size, bool),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_batch():
+    """make_batch(objects, canvas): noise images with as many random boxes as `objects` says."""
+    return _make_batch

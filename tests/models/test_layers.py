@@ -1,0 +1,217 @@
+"""The layers against their definitions in numpy, XLA's own and, where installed, PyTorch's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+from numpy.lib.stride_tricks import sliding_window_view
+
+from gfl_jax.models import layers
+
+
+def draw(*shape, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def conv_by_hand(x, kernel, stride, pad):
+    x = np.pad(x.astype(np.float64), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    windows = sliding_window_view(x, kernel.shape[:2], axis=(1, 2))[:, ::stride, ::stride]
+    return np.einsum("bhwcij,ijco->bhwo", windows, kernel.astype(np.float64))
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "height", "width", "channels", "out"),
+    [
+        (3, 1, 6, 7, 5, 16),
+        (3, 2, 8, 8, 5, 16),
+        (3, 2, 7, 6, 5, 17),
+        (3, 2, 1, 1, 4, 16),
+        (3, 2, 2, 3, 4, 16),
+        (1, 1, 5, 4, 6, 24),
+        (1, 2, 5, 4, 6, 24),
+        (7, 2, 12, 9, 3, 16),
+        (5, 3, 11, 9, 3, 16),
+        (3, 1, 5, 6, 4, 15),  # too thin for products
+        (3, 2, 5, 6, 20, 3),
+    ],
+)
+def test_convolution_and_its_gradients_are_xlas_own(size, stride, height, width, channels, out):
+    pad = (size - 1) // 2
+    strides, padding = (stride, stride), ((pad, pad), (pad, pad))
+
+    def reference(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
+
+    x, kernel = draw(2, height, width, channels), draw(size, size, channels, out, seed=1)
+    expected = conv_by_hand(x, kernel, stride, pad)
+    gradient = draw(*expected.shape, seed=2)
+
+    @jax.jit
+    def run(x, kernel, gradient):
+        value, vjp = jax.vjp(lambda *args: layers._conv2d(*args, strides, padding), x, kernel)
+        return value, vjp(gradient), jax.vjp(reference, x, kernel)[1](gradient)
+
+    value, found, theirs = run(x, kernel, gradient)
+    np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
+    for ours, other in zip(found, theirs, strict=True):
+        assert ours.dtype == other.dtype
+        np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-4)
+
+
+def test_convolution_in_bfloat16_has_bfloat16_gradients():
+    strides, padding = (2, 2), ((1, 1), (1, 1))
+    x, kernel = draw(2, 7, 6, 5), draw(3, 3, 5, 16, seed=1)
+
+    @jax.jit
+    def gradients(x, kernel):
+        return jax.grad(lambda *a: layers._conv2d(*a, strides, padding).sum(), (0, 1))(x, kernel)
+
+    exact = gradients(x, kernel)
+    rounded = gradients(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    for ours, other in zip(rounded, exact, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(ours), other, rtol=0.05, atol=0.3)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 2), (7, 2), (1, 1)])
+def test_conv2d_pads_both_sides_alike(size, stride):
+    """Even inputs: 'SAME' would pad a stride of 2 at the bottom and right only."""
+    conv = layers.conv2d(
+        2,
+        3,
+        size,
+        stride=stride,
+        kernel_init=nnx.initializers.normal(1.0),
+        bias_init=nnx.initializers.normal(1.0),
+        rngs=nnx.Rngs(0),
+    )
+    x = draw(2, 8, 6, 2)
+    expected = conv_by_hand(x, np.asarray(conv.kernel[...]), stride, (size - 1) // 2)
+    np.testing.assert_allclose(conv(x), expected + np.asarray(conv.bias[...]), rtol=1e-4, atol=1e-5)
+
+
+SHAPES = [(2, 8, 6, 3), (1, 7, 5, 2), (1, 1, 1, 2), (1, 2, 9, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_max_pool_and_its_gradient_are_those_of_a_padded_window(shape):
+    x = np.random.default_rng(0).permutation(np.prod(shape)).reshape(shape).astype(np.float32)
+    x -= 2 * x.size  # all negative: padding by zero would show
+
+    def window(x):
+        padding = ((0, 0), (1, 1), (1, 1), (0, 0))
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
+
+    def run(x):
+        (ours, pull), (theirs, their_pull) = jax.vjp(layers.max_pool, x), jax.vjp(window, x)
+        return (ours, *pull(jnp.sin(ours))), (theirs, *their_pull(jnp.sin(theirs)))
+
+    ours, theirs = jax.jit(run)(x)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize("size", [(6, 10), (5, 9), (7, 10), (3, 5), (6, 7), (2, 1)])
+def test_upsampling_takes_the_pixel_of_the_rounded_down_index(size):
+    x = draw(2, 3, 5, 2)
+    rows = [i * 3 // size[0] for i in range(size[0])]
+    columns = [j * 5 // size[1] for j in range(size[1])]
+    np.testing.assert_array_equal(layers.upsample_nearest(x, size), x[:, rows][:, :, columns])
+
+
+def normalize_by_hand(x, mean, var, scale, bias):
+    return (x - mean) / np.sqrt(var + 1e-5) * scale + bias
+
+
+@pytest.mark.parametrize(("offset", "spread"), [(0, 1), (1000, 1), (0, 1e-3)])
+def test_group_norm(offset, spread):
+    """A large mean takes the digits of E[x^2] - E[x]^2; a small spread shows eps."""
+    norm = layers.normalization("gn", 8, groups=4, rngs=nnx.Rngs(0))
+    norm.scale[...], norm.bias[...] = draw(8, seed=1), draw(8, seed=2)
+    x = (offset + spread * draw(2, 5, 6, 8)).astype(np.float32)
+    groups = x.astype(np.float64).reshape(2, 30, 4, 2)
+    mean, var = groups.mean((1, 3)), groups.var((1, 3))
+    mean, var = (np.repeat(s, 2, axis=1)[:, None, None] for s in (mean, var))
+    expected = normalize_by_hand(x, mean, var, draw(8, seed=1), draw(8, seed=2))
+    np.testing.assert_allclose(norm(x), expected, atol=1e-3 if offset else 1e-5)
+
+
+def batch_norm(kind):
+    norm = layers.normalization(kind, 6, rngs=nnx.Rngs(0))
+    norm.scale[...], norm.bias[...], norm.mean[...] = (draw(6, seed=i) for i in range(1, 4))
+    norm.var[...] = draw(6, seed=4) ** 2 * np.float32([1, 1, 1, 1, 1e-6, 0])  # shows eps
+    return norm, [np.asarray(v[...]) for v in (norm.mean, norm.var, norm.scale, norm.bias)]
+
+
+@pytest.mark.parametrize("kind", ["frozen_bn", "bn"])
+def test_batch_norm_by_running_statistics(kind):
+    norm, arrays = batch_norm(kind)
+    norm.eval()
+    x = draw(2, 3, 4, 6)
+    np.testing.assert_allclose(norm(x), normalize_by_hand(x, *arrays), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(norm.mean[...], arrays[0])
+    np.testing.assert_array_equal(norm.var[...], arrays[1])
+
+
+def test_frozen_batch_norm_is_the_same_in_training():
+    norm, arrays = batch_norm("frozen_bn")
+    norm.train()
+    x = draw(2, 3, 4, 6)
+    np.testing.assert_allclose(norm(x), normalize_by_hand(x, *arrays), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(norm.mean[...], arrays[0])
+
+
+def test_batch_norm_in_training_uses_the_batch_and_moves_a_tenth_of_the_way():
+    norm, (mean, var, scale, bias) = batch_norm("bn")
+    norm.train()
+    x = draw(2, 3, 4, 6)
+    of_batch = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    expected = normalize_by_hand(x, *of_batch, scale, bias)
+    np.testing.assert_allclose(norm(x), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(norm.mean[...], 0.9 * mean + 0.1 * of_batch[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(norm.var[...], 0.9 * var + 0.1 * of_batch[1], rtol=1e-5)
+
+
+def test_impossible_norms_are_named():
+    with pytest.raises(ValueError, match="multiple of 32 channels, not 48"):
+        layers.normalization("gn", 48, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="'ln' is unknown"):
+        layers.normalization("ln", 32, rngs=nnx.Rngs(0))
+
+
+def test_layers_agree_with_pytorch():
+    torch = pytest.importorskip("torch")
+    functional = torch.nn.functional
+
+    def nchw(x):
+        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+
+    def nhwc(x):
+        return np.moveaxis(x.numpy(), 1, -1)
+
+    for shape in SHAPES:
+        x = draw(*shape)
+        found, expected = layers.max_pool(x), functional.max_pool2d(nchw(x), 3, 2, 1)
+        np.testing.assert_array_equal(found, nhwc(expected))
+        for kernel_size, stride in ((3, 2), (7, 2), (3, 1), (1, 1)):
+            conv = layers.conv2d(
+                shape[-1],
+                4,
+                kernel_size,
+                stride=stride,
+                kernel_init=nnx.initializers.normal(1.0),
+                rngs=nnx.Rngs(0),
+            )
+            kernel = torch.from_numpy(np.array(conv.kernel[...]).transpose(3, 2, 0, 1).copy())
+            expected = functional.conv2d(
+                nchw(x), kernel, stride=stride, padding=(kernel_size - 1) // 2
+            )
+            np.testing.assert_allclose(conv(x), nhwc(expected), rtol=1e-4, atol=1e-4)
+    x = draw(2, 3, 5, 64)
+    for size in ((6, 10), (5, 9), (7, 11)):
+        expected = functional.interpolate(nchw(x), size, mode="nearest")
+        np.testing.assert_array_equal(layers.upsample_nearest(x, size), nhwc(expected))
+    norm = layers.normalization("gn", 64, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(norm(x), nhwc(functional.group_norm(nchw(x), 32)), atol=1e-5)

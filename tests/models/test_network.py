@@ -1,0 +1,322 @@
+"""Sizes, names and state of the whole network; real ones are only built abstractly."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from gfl_jax.models.heads import GFLHead
+from gfl_jax.models.network import Backbone, Model, Network, Variables
+from gfl_jax.models.resnet import ResNet
+
+CLASSES, BOX_CHANNELS = 3, 20
+
+
+def tiny(norm="frozen_bn", dtype="float32", **backbone):
+    """A network of 64 x 64 pixels that is compiled in seconds."""
+    backbone = Backbone(depth=18, width=8, norm=norm, **backbone)
+    model = Model(backbone, fpn_width=32, head_width=32, stacked_convs=1, dtype=dtype)
+    return Network(model, CLASSES, BOX_CHANNELS)
+
+
+def abstract(network) -> Variables:
+    return jax.eval_shape(lambda: network.init(0))
+
+
+def random_variables(network, seed=0) -> Variables:
+    """Numbers for all arrays, without compiling the initialisers."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, array):
+        values = rng.normal(size=array.shape) * (0.1 if path[-1].key.endswith("kernel") else 1)
+        return (np.abs(values) if path[-1].key.endswith("var") else values).astype(array.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract(network))
+
+
+def images(seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (2, 64, 64, 3), np.uint8)
+
+
+SIZES = np.array([(64, 50), (40, 64)], np.int32)
+
+
+def count(arrays):
+    return sum(math.prod(array.shape) for array in arrays.values())
+
+
+# The reference's network.
+
+
+@functools.cache
+def gfl_r50() -> Variables:
+    return abstract(Network(Model(), 80, 68))
+
+
+def test_gfl_r50_has_the_parameters_of_the_reference():
+    variables = gfl_r50()
+    assert count(variables.params) == 32_215_193
+    assert count(variables.params | variables.frozen) == 32_440_537
+    assert {array.dtype for part in variables for array in part.values()} == {jnp.dtype("float32")}
+
+
+def reference_names():
+    """Section 14 of the specification: names of mmdet's checkpoint of GFL with ResNet-50."""
+
+    def batch_norm(name):
+        return {f"{name}.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")}
+
+    names = {"backbone.conv1.weight"} | batch_norm("backbone.bn1")
+    for stage, blocks in enumerate((3, 4, 6, 3), start=1):
+        for block in range(blocks):
+            prefix = f"backbone.layer{stage}.{block}"
+            for i in (1, 2, 3):
+                names |= {f"{prefix}.conv{i}.weight"} | batch_norm(f"{prefix}.bn{i}")
+        names |= {f"backbone.layer{stage}.0.downsample.0.weight"}
+        names |= batch_norm(f"backbone.layer{stage}.0.downsample.1")
+    for convs, levels in (("lateral_convs", 3), ("fpn_convs", 5)):
+        for i in range(levels):
+            names |= {f"neck.{convs}.{i}.conv.weight", f"neck.{convs}.{i}.conv.bias"}
+    for tower in ("cls_convs", "reg_convs"):
+        for i in range(4):
+            leaves = ("conv.weight", "gn.weight", "gn.bias")
+            names |= {f"bbox_head.{tower}.{i}.{leaf}" for leaf in leaves}
+    for branch in ("gfl_cls", "gfl_reg"):
+        names |= {f"bbox_head.{branch}.weight", f"bbox_head.{branch}.bias"}
+    return names | {f"bbox_head.scales.{i}.scale" for i in range(5)}
+
+
+def in_torch(name):
+    modules, leaf = name.rsplit(".", 1)
+    if leaf == "scale" and ".scales." in name:
+        return name
+    leaves = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+    return f"{modules}.{leaves.get(leaf, leaf)}"
+
+
+def test_names_are_those_of_the_reference():
+    ours = [name for part in gfl_r50() for name in part]
+    assert sorted(map(in_torch, ours)) == sorted(reference_names())
+    assert set(ours) >= {
+        "backbone.conv1.kernel",
+        "backbone.layer1.0.downsample.0.kernel",
+        "backbone.layer1.0.downsample.1.mean",
+        "neck.fpn_convs.4.conv.bias",
+        "bbox_head.cls_convs.3.gn.scale",
+        "bbox_head.gfl_cls.kernel",
+        "bbox_head.scales.0.scale",
+    }
+
+
+def test_shapes_are_those_of_the_reference():
+    params = gfl_r50().params
+    for name, shape in {
+        "backbone.layer2.0.conv2.kernel": (3, 3, 128, 128),
+        "backbone.layer4.2.conv3.kernel": (1, 1, 512, 2048),
+        "neck.lateral_convs.2.conv.kernel": (1, 1, 2048, 256),
+        "neck.fpn_convs.3.conv.kernel": (3, 3, 256, 256),  # P6 comes from P5, not from C5
+        "bbox_head.gfl_cls.kernel": (3, 3, 256, 80),
+        "bbox_head.gfl_reg.kernel": (3, 3, 256, 68),
+        "bbox_head.scales.0.scale": (),
+    }.items():
+        assert params[name].shape == shape
+
+
+@pytest.mark.parametrize(
+    ("depth", "channels", "parameters"),
+    [  # of torchvision's classifiers, without the last layer
+        (18, (64, 128, 256, 512), 11_176_512),
+        (34, (64, 128, 256, 512), 21_284_672),
+        (101, (256, 512, 1024, 2048), 42_500_160),
+    ],
+)
+def test_backbones_have_the_channels_and_parameters_of_the_paper(depth, channels, parameters):
+    def build_and_run(x):
+        network = ResNet(depth, rngs=nnx.Rngs(0))
+        return network(x), nnx.to_pure_dict(nnx.state(network, nnx.Param))
+
+    x = jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.float32)
+    features, params = jax.eval_shape(build_and_run, x)
+    expected = [
+        (1, 64 // stride, 96 // stride, c)
+        for stride, c in zip((4, 8, 16, 32), channels, strict=True)
+    ]
+    assert [feature.shape for feature in features] == expected
+    assert sum(math.prod(array.shape) for array in jax.tree.leaves(params)) == parameters
+
+
+def test_impossible_backbones_are_named():
+    with pytest.raises(ValueError, match="depth 20 is unknown"):
+        ResNet(20, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="frozen_stages is 5"):
+        Backbone(frozen_stages=5)
+
+
+def test_initial_head_is_that_of_the_reference():
+    head = GFLHead(32, 50, 68, width=32, stacked_convs=1, rngs=nnx.Rngs(0))
+    for conv in (head.gfl_cls, head.gfl_reg, head.cls_convs[0].conv, head.reg_convs[0].conv):
+        kernel = np.asarray(conv.kernel[...])
+        assert abs(kernel.mean()) < 5e-4
+        np.testing.assert_allclose(kernel.std(), 0.01, rtol=0.05)
+    np.testing.assert_allclose(head.gfl_cls.bias[...], -4.595120, rtol=1e-6)
+    assert not head.gfl_reg.bias[...].any()
+    assert head.cls_convs[0].conv.bias is None
+    assert [scale.scale[...].item() for scale in head.scales] == [1.0] * 5
+
+
+# What is trained.
+
+
+@pytest.mark.parametrize(
+    ("stages", "prefixes"),
+    [
+        (-1, ()),
+        (0, ("conv1", "bn1")),
+        (1, ("conv1", "bn1", "layer1")),
+        (3, ("conv1", "bn1", "layer1", "layer2", "layer3")),
+    ],
+)
+def test_frozen_stages_are_not_trained(stages, prefixes):
+    variables = abstract(tiny(frozen_stages=stages))
+    frozen = tuple(f"backbone.{prefix}." for prefix in prefixes)
+    assert all(name.startswith(frozen) for name in variables.frozen)
+    assert not any(name.startswith(frozen) for name in variables.params)
+    assert {name.split(".")[1] for name in variables.frozen} == set(prefixes)
+    assert all(name.endswith((".mean", ".var")) for name in variables.stats)
+    whole = abstract(tiny(frozen_stages=-1))
+    assert (variables.params | variables.frozen).keys() == whole.params.keys()
+
+
+# The forward pass.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_outputs_are_float32_whatever_the_convolutions_are(dtype):
+    network = tiny(dtype=dtype)
+    jaxpr, (outputs, stats) = jax.make_jaxpr(
+        lambda variables, images: network.apply(variables, images, SIZES, train=True),
+        return_shape=True,
+    )(abstract(network), images())
+    sides = (8, 4, 2, 1, 1)
+    assert [x.shape for x in outputs.cls_logits] == [(2, side, side, CLASSES) for side in sides]
+    assert [x.shape for x in outputs.box_logits] == [
+        (2, side, side, BOX_CHANNELS) for side in sides
+    ]
+    assert {x.dtype for x in jax.tree.leaves((outputs, stats))} == {jnp.dtype("float32")}
+    assert ("bf16" in str(jaxpr)) == (dtype == "bfloat16")
+
+
+def test_padding_of_the_canvas_is_zero_for_the_network():
+    network = tiny()
+    pixels = images()
+    found = np.asarray(network.normalize(pixels, SIZES))
+    assert found.dtype == np.float32
+    expected = (pixels - np.array([123.675, 116.28, 103.53])) / [58.395, 57.12, 57.375]
+    for i, (height, width) in enumerate(SIZES):
+        np.testing.assert_allclose(
+            found[i, :height, :width], expected[i, :height, :width], rtol=1e-5, atol=1e-6
+        )
+        assert not found[i, height:].any()
+        assert not found[i, :, width:].any()
+
+
+@functools.cache
+def bn_step():
+    """(old variables, outputs, new statistics) of a step of training with BatchNorm."""
+    network = tiny("bn", frozen_stages=-1)
+    variables = random_variables(network)
+    run = jax.jit(lambda variables, images: network.apply(variables, images, SIZES, train=True))
+    return network, variables, *jax.tree.map(np.asarray, run(variables, images()))
+
+
+def test_batch_norm_statistics_move_in_training():
+    network, variables, outputs, stats = bn_step()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((outputs, stats)))
+    assert stats.keys() == variables.stats.keys()
+    assert all((stats[name] != old).any() for name, old in variables.stats.items())
+    x = jax.lax.conv_general_dilated(
+        network.normalize(images(), SIZES),
+        variables.params["backbone.conv1.kernel"],
+        (2, 2),
+        ((3, 3), (3, 3)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    mean, var = np.mean(x, (0, 1, 2)), np.var(x, (0, 1, 2))
+    for name, new in (("mean", mean), ("var", var)):
+        expected = 0.9 * variables.stats[f"backbone.bn1.{name}"] + 0.1 * new
+        np.testing.assert_allclose(stats[f"backbone.bn1.{name}"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("norm", "train"), [("bn", False), ("frozen_bn", True)])
+def test_statistics_stay_in_evaluation_and_when_frozen(norm, train):
+    network = tiny(norm)
+    variables = random_variables(network)
+    # Without the outputs nothing is left to compute.
+    run = jax.jit(lambda variables, images: network.apply(variables, images, SIZES, train=train)[1])
+    jax.tree.map(np.testing.assert_array_equal, run(variables, images()), variables.stats)
+
+
+# Pretrained backbones.
+
+
+def torch_file(path, variables):
+    """Writes the backbone as torchvision would."""
+    arrays = {"fc.weight": np.zeros((10, 64), np.float32), "fc.bias": np.zeros(10, np.float32)}
+    for name, array in (variables.params | variables.frozen | variables.stats).items():
+        if name.startswith("backbone."):
+            array = array.transpose(3, 2, 0, 1).copy() if array.ndim == 4 else array
+            arrays[in_torch(name.removeprefix("backbone."))] = array
+    save_file(arrays, path)
+    return arrays
+
+
+def test_pretrained_arrays_take_their_places(tmp_path):
+    path = tmp_path / "resnet.safetensors"
+    network = tiny(pretrained=str(path))
+    theirs, ours = random_variables(network, seed=1), random_variables(network, seed=2)
+    arrays = torch_file(path, theirs)
+    assert arrays["conv1.weight"].shape == (8, 3, 7, 7)
+    loaded = network.load_pretrained(ours)
+    for part, expected, before in zip(loaded, theirs, ours, strict=True):
+        assert part.keys() == before.keys()
+        for name, array in part.items():
+            source = expected if name.startswith("backbone.") else before
+            np.testing.assert_array_equal(array, source[name], err_msg=name)
+    assert any(name.startswith("backbone.") for name in loaded.frozen)
+    assert any(name.startswith("backbone.") for name in loaded.params)
+
+
+def test_without_a_pretrained_file_nothing_changes():
+    network = tiny()
+    variables = abstract(network)
+    assert network.load_pretrained(variables) == variables
+
+
+def test_a_file_of_another_network_names_the_keys(tmp_path):
+    path = tmp_path / "other.safetensors"
+    network = tiny(pretrained=str(path))
+    arrays = torch_file(path, random_variables(network))
+    del arrays["layer4.1.bn2.running_var"]
+    arrays["layer1.0.conv3.weight"] = np.zeros((1, 1, 1, 1), np.float32)
+    arrays["layer2.0.downsample.0.weight"] = np.zeros((5, 8, 1, 1), np.float32)
+    save_file(arrays, path)
+    with pytest.raises(ValueError) as error:
+        network.load_pretrained(abstract(network))
+    for part in (
+        "other.safetensors",
+        "layer4.1.bn2.running_var",
+        "layer1.0.conv3.weight",
+        "layer2.0.downsample.0.weight: model (16, 8, 1, 1), file (5, 8, 1, 1)",
+    ):
+        assert part in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_an_error(tmp_path):
+    network = tiny(pretrained=str(tmp_path / "none.safetensors"))
+    with pytest.raises(FileNotFoundError, match="none.safetensors"):
+        network.load_pretrained(abstract(network))

@@ -1,0 +1,355 @@
+"""Evaluation against pycocotools called directly, cases worked out by hand, and the original json."""
+
+import contextlib
+import dataclasses
+import io
+import json
+
+import cv2
+import jax
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from gfl_jax.config import Data
+from gfl_jax.data.coco import CocoFolder, prepare
+from gfl_jax.data.loader import batches, eval_plan
+from gfl_jax.detectors.postprocess import Detections
+from gfl_jax.evaluation import METRICS, evaluate, ground_truth, predict_all
+from gfl_jax.training.parallel import Pmap, ShardMap
+
+CATEGORIES = [{"id": 90, "name": "bird"}, {"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+NAMES = {category["id"]: category["name"] for category in CATEGORIES}
+# Portrait and landscape images, ids out of order and with gaps.
+SIZES = {12: (48, 64), 5: (64, 48), 7: (48, 64), 30: (64, 40), 9: (48, 64), 41: (48, 64), 8: (40, 64)}
+
+
+def annotation(number, image_id, category_id, bbox, **more):
+    x, y, w, h = bbox
+    entry = {"id": number, "image_id": image_id, "category_id": category_id, "bbox": bbox}
+    return entry | {"area": w * h, "iscrowd": 0} | more
+
+
+def write(root, annotations, images=None, categories=CATEGORIES):
+    rng = np.random.default_rng(0)
+    listed = []
+    for image_id, (height, width) in SIZES.items():
+        name = f"{image_id}.png"
+        (root / "images").mkdir(parents=True, exist_ok=True)
+        noise = rng.integers(0, 256, (height, width, 3), np.uint8)
+        cv2.imwrite(str(root / "images" / name), noise)
+        listed.append({"id": image_id, "file_name": name, "height": height, "width": width})
+    content = {"images": images or listed, "annotations": annotations, "categories": categories}
+    (root / "truth.json").write_text(json.dumps(content))
+    return CocoFolder(root / "truth.json", root / "images")
+
+
+def opened(root, annotations, on_error="raise", **content):
+    return prepare(write(root, annotations, **content), root / "cache", on_error)
+
+
+def random_annotations(seed=0, categories=(3, 7)):
+    rng = np.random.default_rng(seed)
+    found = []
+    for image_id, (height, width) in SIZES.items():
+        for _ in range(rng.integers(1, 5)):
+            size = rng.uniform(8, 36, 2)
+            corner = rng.uniform(0, np.array([width, height]) - size)
+            bbox = np.round([*corner, *size], 2).tolist()
+            category_id = int(rng.choice(categories))
+            found.append(annotation(len(found) + 1, image_id, category_id, bbox))
+    return found
+
+
+def perfect(annotations, score=0.9):
+    return [
+        {
+            "image_id": a["image_id"],
+            "category_id": a["category_id"],
+            "bbox": list(a["bbox"]),
+            "score": score,
+        }
+        for a in annotations
+    ]
+
+
+def imperfect(annotations, seed=0):
+    """Moved boxes, some missing, some doubled, some of another class, some of nothing."""
+    rng = np.random.default_rng(seed)
+    results = []
+    for result in perfect(annotations) * 2:
+        if rng.random() < 0.2:
+            continue
+        moved = np.array(result["bbox"]) + rng.normal(0, 1.5, 4)
+        category_id = int(rng.choice([3, 7, 90])) if rng.random() < 0.2 else result["category_id"]
+        results.append(
+            result
+            | {"bbox": moved.tolist(), "score": rng.random(), "category_id": category_id}
+        )
+    for image_id in SIZES:
+        bbox = [*rng.uniform(0, 20, 2).tolist(), 10.0, 10.0]
+        results.append(
+            {"image_id": image_id, "category_id": 7, "bbox": bbox, "score": rng.random()}
+        )
+    return results
+
+
+def judged_by_pycocotools(file, results, image_ids, category_ids=None):
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(file))
+        judge = COCOeval(truth, truth.loadRes([dict(result) for result in results]), "bbox")
+        judge.params.imgIds = sorted(image_ids)
+        if category_ids:
+            judge.params.catIds = category_ids
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    return judge.stats
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    return opened(tmp_path_factory.mktemp("evaluation"), random_annotations())
+
+
+@pytest.fixture(scope="module")
+def truth(split):
+    return ground_truth(split)
+
+
+def test_perfect_detections_have_ap_1(truth):
+    evaluation = evaluate(perfect(random_annotations()), truth, SIZES)
+    assert tuple(evaluation.metrics) == METRICS
+    for name in ("AP", "AP50", "AP75", "AR100"):
+        assert evaluation.metrics[name] == pytest.approx(1.0)
+    assert evaluation.per_class["cat"] == evaluation.per_class["dog"] == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_numbers_are_those_of_pycocotools_called_directly(split, truth, seed):
+    results = imperfect(random_annotations(), seed)
+    evaluation = evaluate([dict(result) for result in results], truth, SIZES)
+    expected = judged_by_pycocotools(split.annotations, results, SIZES)
+    assert 0.1 < evaluation.metrics["AP"] < 0.9
+    assert list(evaluation.metrics.values()) == pytest.approx(expected.tolist())
+    for category_id, name in NAMES.items():
+        stats = judged_by_pycocotools(split.annotations, results, SIZES, [category_id])
+        assert evaluation.per_class[name] == pytest.approx((stats[0], stats[1]))
+
+
+def test_only_the_images_asked_for_count(split, truth):
+    results = imperfect(random_annotations())
+    some = [5, 7, 30]
+    evaluation = evaluate([r for r in results if r["image_id"] in some], truth, some)
+    expected = judged_by_pycocotools(split.annotations, results, some)
+    assert list(evaluation.metrics.values()) == pytest.approx(expected.tolist())
+
+
+def test_average_precision_worked_out_by_hand(tmp_path):
+    """Hit, miss, hit on two objects: precision 1 up to recall 1/2, then 2/3."""
+    boxes = [[4.0, 4.0, 20.0, 12.0], [30.0, 20.0, 12.0, 16.0]]
+    annotations = [annotation(i + 1, 12, 3, box) for i, box in enumerate(boxes)]
+    results = perfect(annotations)
+    results[1]["score"] = 0.7
+    nothing = {"image_id": 12, "category_id": 3, "bbox": [40.0, 1.0, 9.0, 9.0], "score": 0.8}
+    split = opened(tmp_path, annotations)
+    evaluation = evaluate([*results, nothing], ground_truth(split), SIZES)
+    # pycocotools reads precision at the recalls 0, 0.01, ..., 1.
+    expected = (51 * 1 + 50 * 2 / 3) / 101
+    for name in ("AP", "AP50", "AP75", "APS"):
+        assert evaluation.metrics[name] == pytest.approx(expected)
+    assert evaluation.metrics["AR1"] == pytest.approx(0.5)
+    assert evaluation.metrics["AR10"] == evaluation.metrics["AR100"] == 1.0
+    assert evaluation.metrics["APL"] == -1  # no large object
+    assert evaluation.per_class["cat"] == pytest.approx((expected, expected))
+    assert evaluation.per_class["dog"] == evaluation.per_class["bird"] == (-1.0, -1.0)
+
+
+def test_no_detections_are_no_error(truth):
+    evaluation = evaluate([], truth, SIZES)
+    for name in ("AP", "AP50", "AP75", "AR1", "AR10", "AR100"):
+        assert evaluation.metrics[name] == 0
+    assert evaluation.per_class == {"cat": (0, 0), "dog": (0, 0), "bird": (-1, -1)}
+
+
+def test_evaluating_twice_gives_the_same(truth):
+    results = imperfect(random_annotations())
+    first = evaluate([dict(result) for result in results], truth, SIZES)
+    evaluate([], truth, [5])
+    assert evaluate([dict(result) for result in results], truth, SIZES) == first
+
+
+def test_results_stay_as_they_were(truth):
+    results = imperfect(random_annotations())
+    copies = [dict(result) for result in results]
+    evaluate(results, truth, SIZES)
+    assert results == copies
+
+
+def test_detections_in_a_crowd_are_no_mistakes(tmp_path):
+    single = annotation(1, 12, 3, [2.0, 2.0, 12.0, 12.0])
+    crowd = annotation(2, 12, 3, [20.0, 4.0, 40.0, 40.0], iscrowd=1)
+    inside = [
+        {"image_id": 12, "category_id": 3, "bbox": [x, 6.0, 8.0, 8.0], "score": 0.95}
+        for x in (22.0, 34.0, 46.0)
+    ]
+    results = [*perfect([single]), *inside]
+    split = opened(tmp_path / "crowd", [single, crowd])
+    assert evaluate(results, ground_truth(split), SIZES).metrics["AP"] == 1.0
+    split = opened(tmp_path / "none", [single])
+    assert evaluate(results, ground_truth(split), SIZES).metrics["AP"] == pytest.approx(0.25)
+
+
+def test_annotations_without_area_or_crowd_mean_the_box_and_no_crowd(tmp_path, truth):
+    bare = [
+        {k: v for k, v in a.items() if k not in ("area", "iscrowd")} for a in random_annotations()
+    ]
+    split = opened(tmp_path, bare)
+    results = imperfect(random_annotations())
+    expected = evaluate([dict(result) for result in results], truth, SIZES)
+    assert evaluate(results, ground_truth(split), SIZES) == expected
+
+
+def test_areas_are_those_of_the_json_not_of_the_boxes(tmp_path):
+    """A thin object in a large box is small: COCO's areas are those of the masks."""
+    annotations = [annotation(1, 12, 3, [2.0, 2.0, 40.0, 40.0], area=100.0)]
+    evaluation = evaluate(
+        perfect(annotations), ground_truth(opened(tmp_path, annotations)), SIZES
+    )
+    assert evaluation.metrics["APS"] == 1.0
+    assert evaluation.metrics["APM"] == -1.0
+
+
+def test_without_a_json_the_records_are_the_truth(split, truth):
+    recorded = ground_truth(dataclasses.replace(split, annotations=None))
+    results = imperfect(random_annotations())
+    expected = evaluate([dict(result) for result in results], truth, SIZES)
+    found = evaluate(results, recorded, SIZES)
+    assert list(found.metrics.values()) == pytest.approx(list(expected.metrics.values()))
+    assert found.per_class.keys() == expected.per_class.keys()
+
+
+# ---------------------------------------------------------------------------- on_error='skip'
+
+
+def test_what_was_skipped_is_not_asked_for(tmp_path):
+    good = random_annotations()
+    bad = [
+        annotation(101, 12, 3, [1.0, 1.0, -4.0, 5.0]),
+        annotation(102, 12, 55, [1.0, 1.0, 4.0, 5.0]),
+        annotation(103, 99, 3, [1.0, 1.0, 4.0, 5.0]),
+    ]
+    folder = write(tmp_path, [*good, *bad])
+    (folder.images / "7.png").write_bytes(b"no image")
+    (folder.images / "9.png").unlink()
+    split = prepare(folder, tmp_path / "cache", "skip")
+    assert split.image_ids.tolist() == [5, 8, 12, 30, 41]
+    truth = ground_truth(split)
+    assert sorted(truth.getImgIds()) == [5, 8, 12, 30, 41]
+    kept = [a for a in good if a["image_id"] not in (7, 9)]
+    assert sorted(truth.getAnnIds()) == [a["id"] for a in kept]
+    evaluation = evaluate(perfect(kept), truth, split.image_ids.tolist())
+    assert evaluation.metrics["AP"] == evaluation.metrics["AR100"] == 1.0
+
+
+FAULTS = {
+    "no id": {"annotations": [{"image_id": 12, "category_id": 3, "bbox": [1.0, 1.0, 4.0, 5.0]}]},
+    "no object": {"annotations": ["annotation"]},
+    "taken id": {"annotations": [annotation(1, 12, 3, [1.0, 1.0, 4.0, 5.0])]},
+    "no category name": {"categories": [{"id": 2}]},
+    "taken category id": {"categories": [{"id": 3, "name": "lion"}]},
+    "no image object": {"images": ["image"]},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_malformed_entries_that_were_skipped_do_not_stop_the_evaluation(tmp_path, fault):
+    good = random_annotations()
+    folder = write(tmp_path, good)
+    content = json.loads(folder.annotations.read_text())
+    for key, entries in FAULTS[fault].items():
+        content[key] += entries
+    folder.annotations.write_text(json.dumps(content))
+    split = prepare(folder, tmp_path / "cache", "skip")
+    evaluation = evaluate(perfect(good), ground_truth(split), split.image_ids.tolist())
+    assert evaluation.metrics["AP"] == evaluation.metrics["AR100"] == 1.0
+    assert sorted(evaluation.per_class) == ["bird", "cat", "dog"]
+
+
+# ---------------------------------------------------------------------------- predictions to results
+
+MAPPINGS = {
+    "pmap": lambda: Pmap(jax.local_devices()[:2]),
+    "shard_map": lambda: ShardMap(jax.local_devices()[:2]),
+}
+
+
+def told(devices, per_slot=3):
+    """A predictor that tells the size of each image: boxes of it in every class, one masked out."""
+
+    def predict(variables, batch):
+        height, width = (batch.sizes / batch.scales[:, ::-1]).T
+        zero = 0 * width
+        box = np.float32([0.25, 0.5, 0.75, 1.0]) * jax.numpy.stack(
+            [width, height, width, height], -1
+        )
+        labels = jax.numpy.tile(jax.numpy.arange(per_slot), (len(box), 1))
+        return Detections(
+            boxes=jax.numpy.repeat(box[:, None], per_slot, 1),
+            scores=zero[:, None] + jax.numpy.array([0.9, 0.8, 0.0]),
+            labels=labels,
+            mask=labels < 2,
+        )
+
+    return devices.map(predict, [True])
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("batch_size", [2, 4, 6])
+@pytest.mark.parametrize("limit", [0, 4])
+def test_every_image_gives_its_results_exactly_once(split, mapping, batch_size, limit):
+    """Batches of both orientations are partly filled, whatever their size."""
+    devices = MAPPINGS[mapping]()
+    plan = eval_plan(Data(scale=(96, 72)), split, batch_size, limit)
+    loaded = list(batches(plan, split, range(plan.steps_per_epoch), 0))
+    slots = sum(len(host.image_ids) for host in loaded)
+    chosen = split.image_ids[: limit or None].tolist()
+    assert slots > len(chosen), "some slots only fill"
+    results = predict_all(told(devices), {}, loaded, devices, split, total=len(loaded))
+    # Labels 0 and 1 of three classes by ascending id, 3, 7 and 90; label 2 is masked out.
+    expected = [(image_id, category_id) for image_id in chosen for category_id in (3, 7)]
+    assert sorted((r["image_id"], r["category_id"]) for r in results) == sorted(expected)
+    for result in results:
+        height, width = SIZES[result["image_id"]]
+        x, y, w, h = result["bbox"]
+        assert (x, y, w, h) == pytest.approx((width / 4, height / 2, width / 2, height / 2), 1e-5)
+        assert result["score"] == pytest.approx(0.9 if result["category_id"] == 3 else 0.8)
+    json.dumps(results)
+
+
+def test_category_ids_with_gaps_come_back_from_labels(split):
+    assert split.category_ids == [3, 7, 90]
+    assert split.category_names == ["cat", "dog", "bird"]
+
+
+# ---------------------------------------------------------------------------- what people read
+
+
+def test_class_table_lists_every_class_the_best_first(truth):
+    annotations = random_annotations()
+    dogs_only = perfect([a for a in annotations if a["category_id"] == 7])
+    table = evaluate(dogs_only, truth, SIZES).class_table().splitlines()
+    assert [line.split() for line in table] == [
+        ["class", "AP", "AP50"],
+        ["dog", "1.000", "1.000"],
+        ["cat", "0.000", "0.000"],
+        ["bird", "-", "-"],
+    ]
+
+
+def test_an_evaluation_prints_all_twelve_numbers(truth):
+    printed = str(evaluate(perfect(random_annotations()), truth, SIZES))
+    words = printed.split()
+    assert words[::2] == list(METRICS)
+    assert len([float(word) for word in words[1::2]]) == 12

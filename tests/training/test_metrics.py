@@ -1,0 +1,81 @@
+import json
+
+import pytest
+
+from gfl_jax.training.metrics import MetricsLog, read_metrics
+
+
+def written(folder, steps, start=0):
+    log = MetricsLog(folder, start)
+    for step in steps:
+        log.write("train", step, {"loss": step / 10})
+    log.close()
+
+
+def steps_of(folder):
+    return [entry["step"] for entry in read_metrics(folder)]
+
+
+def test_entries_are_lines_of_json_in_order(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.write("train", 1, {"loss": 0.1, "lr": 1e-5})
+    log.write("val", 1, {"AP": -1})
+    # There at once, for whoever looks at a run that is under way.
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    expected = [
+        {"kind": "train", "step": 1, "loss": 0.1, "lr": 1e-5},
+        {"kind": "val", "step": 1, "AP": -1.0},
+    ]
+    assert [json.loads(line) for line in lines] == expected == read_metrics(tmp_path)
+    log.close()
+
+
+def test_has_knows_kind_and_step_also_of_an_earlier_process(tmp_path):
+    written(tmp_path, [1, 2])
+    log = MetricsLog(tmp_path, 2)
+    log.write("val", 3, {"AP": 0.5})
+    assert log.has("train", 2)
+    assert log.has("val", 3)
+    assert not log.has("val", 2)
+    assert not log.has("train", 3)
+    log.close()
+
+
+def test_continuing_drops_entries_after_the_checkpoint(tmp_path):
+    written(tmp_path, [1, 2, 3, 4, 5])
+    written(tmp_path, [4, 5, 6], start=3)
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
+    written(tmp_path, [1], start=0)
+    assert steps_of(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("cut", [1, 10, 30])
+def test_a_last_line_cut_short_by_a_kill_is_left_out(tmp_path, cut):
+    written(tmp_path, [1, 2, 3])
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text()[:-cut])
+    kept = [1, 2, 3] if cut == 1 else [1, 2]  # without its newline a line is still whole
+    assert steps_of(tmp_path) == kept
+    written(tmp_path, [4], start=3)
+    assert steps_of(tmp_path) == [*kept, 4]
+
+
+def test_no_file_is_no_entries(tmp_path):
+    assert read_metrics(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert read_metrics(tmp_path) == []
+
+
+def test_values_that_are_not_finite_are_kept_but_not_plotted(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.write("train", 1, {"loss": float("nan"), "lr": float("inf")})
+    log.close()
+    (entry,) = read_metrics(tmp_path)
+    assert entry["loss"] != entry["loss"]
+    assert entry["lr"] == float("inf")
+
+
+def test_tensorboard_events_are_written(tmp_path):
+    written(tmp_path, [1, 2])
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"train/loss" in events.read_bytes()

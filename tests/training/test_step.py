@@ -1,0 +1,274 @@
+"""Schedule and optimiser against section 12 of the reference, and what a step may change."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gfl_jax.config import Train
+from gfl_jax.detectors.dense import Detector
+from gfl_jax.models.network import Backbone, Model, Network
+from gfl_jax.training.parallel import AXIS, Pmap
+from gfl_jax.training.step import init_state, learning_rate, make_train_step, sgd
+
+# ---------------------------------------------------------------------------- learning rate
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (0, 0.01 * 0.001),
+        (1, 0.01 * (0.001 + 0.999 / 499)),
+        (250, 0.01 * (0.001 + 0.999 * 250 / 499)),
+        (498, 0.01 * (0.001 + 0.999 * 498 / 499)),
+        (499, 0.01),
+        (799, 0.01),
+        (800, 0.001),  # the first step of the ninth epoch
+        (1099, 0.001),
+        (1100, 0.0001),
+        (10**6, 0.0001),
+    ],
+)
+def test_learning_rate_of_the_reference_schedule(step, expected):
+    schedule = learning_rate(Train(), steps_per_epoch=100)
+    assert float(schedule(step)) == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.parametrize("batch_size", [2, 16, 128])
+def test_learning_rate_scales_with_the_batch(batch_size):
+    schedule = learning_rate(Train(batch_size=batch_size), steps_per_epoch=100)
+    for step in (0, 600, 900):
+        reference = float(learning_rate(Train(), 100)(step))
+        assert float(schedule(step)) == pytest.approx(reference * batch_size / 16, rel=1e-6)
+
+
+def test_without_warm_up_the_first_step_has_the_full_rate():
+    schedule = learning_rate(Train(warmup_steps=0, lr=0.5), steps_per_epoch=3)
+    assert [float(schedule(step)) for step in (0, 1, 23)] == pytest.approx([0.5] * 3)
+    assert float(schedule(24)) == pytest.approx(0.05)
+
+
+@settings(max_examples=40)
+@given(
+    step=st.integers(0, 5000),
+    warmup=st.integers(2, 2000),
+    per_epoch=st.integers(1, 300),
+    factor=st.floats(0.0, 1.0),
+    milestones=st.lists(st.integers(1, 20), max_size=3, unique=True),
+)
+def test_learning_rate_is_warm_up_times_drops(step, warmup, per_epoch, factor, milestones):
+    train = Train(lr=0.02, warmup_steps=warmup, warmup_factor=factor, milestones=tuple(milestones))
+    rise = min(factor + (1 - factor) * step / (warmup - 1), 1.0)
+    drops = sum(step >= milestone * per_epoch for milestone in milestones)
+    rate = learning_rate(train, per_epoch)(jnp.int32(step))
+    assert float(rate) == pytest.approx(0.02 * rise * 0.1**drops, rel=2e-5, abs=1e-12)
+
+
+# ---------------------------------------------------------------------------- SGD
+
+RATES = [0.3, 0.3, 0.1, 0.01, 0.2]
+
+
+def optimised(train, params, gradients):
+    """The parameters after each step of `sgd` with the rates of RATES."""
+    optimizer = sgd(train, lambda step: jnp.array(RATES)[step])
+    state, trace = optimizer.init(params), []
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        trace.append({name: np.asarray(value) for name, value in params.items()})
+    return trace
+
+
+def arrays(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return {
+        "kernel": (scale * rng.normal(size=(3, 2))).astype(np.float32),
+        "bias": (scale * rng.normal(size=4)).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.5])
+def test_sgd_is_torch_s_formula(clip):
+    train = Train(momentum=0.9, weight_decay=0.1, clip_norm=clip)
+    params = arrays(0)
+    # Norms on both sides of the limit.
+    gradients = [arrays(1 + i, scale=[0.1, 3.0, 1.0, 0.2, 10.0][i]) for i in range(5)]
+    trace = optimised(train, params, gradients)
+    norms = [np.sqrt(sum((g**2).sum() for g in gradient.values())) for gradient in gradients]
+    assert min(norms) < 1.5 < max(norms)
+    value = {name: p.astype(np.float64) for name, p in params.items()}
+    velocity = {name: np.zeros_like(p) for name, p in value.items()}
+    for i, gradient in enumerate(gradients):
+        factor = min(1.0, clip / norms[i]) if clip else 1.0
+        for name, g in gradient.items():
+            velocity[name] = 0.9 * velocity[name] + g * factor + 0.1 * value[name]
+            value[name] = value[name] - RATES[i] * velocity[name]
+            np.testing.assert_allclose(trace[i][name], value[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.5])
+def test_sgd_is_torch_s(clip):
+    torch = pytest.importorskip("torch")
+    train = Train(momentum=0.9, weight_decay=0.1, clip_norm=clip)
+    gradients = [arrays(1 + i, scale=[0.1, 3.0, 1.0, 0.2, 10.0][i]) for i in range(5)]
+    trace = optimised(train, arrays(0), gradients)
+    theirs = {name: torch.nn.Parameter(torch.tensor(p)) for name, p in arrays(0).items()}
+    optimizer = torch.optim.SGD(theirs.values(), lr=1.0, momentum=0.9, weight_decay=0.1)
+    for i, gradient in enumerate(gradients):
+        optimizer.param_groups[0]["lr"] = RATES[i]
+        for name, p in theirs.items():
+            p.grad = torch.tensor(gradient[name])
+        if clip:
+            torch.nn.utils.clip_grad_norm_(theirs.values(), clip)
+        optimizer.step()
+        for name, p in theirs.items():
+            np.testing.assert_allclose(trace[i][name], p.detach().numpy(), rtol=1e-5, atol=2e-6)
+
+
+# ---------------------------------------------------------------------------- the step
+
+TRAIN = Train(
+    batch_size=4, lr=0.4, warmup_steps=0, milestones=(1,), weight_decay=0.05, clip_norm=0.5
+)
+
+
+@functools.cache
+def compiled(linear_network, ema_decay):
+    """The step on one device, a state to start from (host arrays), and the mapping."""
+    network = linear_network(None, 3, Detector().box.channels)
+    train = Train(**{**TRAIN.__dict__, "ema_decay": ema_decay})
+    schedule = learning_rate(train, steps_per_epoch=2)
+    optimizer = sgd(train, schedule)
+    devices = Pmap(jax.local_devices()[:1])
+    step = make_train_step(network, Detector(), optimizer, schedule, train)
+    mapped = devices.map(functools.partial(step, axis_name=AXIS), [False, False, True])
+    return mapped, jax.device_get(init_state(network.init(0), optimizer, train)), devices
+
+
+def run(linear_network, batches, ema_decay=0.0):
+    """The state before and after each step, and what each step reported."""
+    step, first, devices = compiled(linear_network, ema_decay)
+    state, states, reports = devices.replicate(first), [first], []
+    for batch in batches:
+        state, scalars, per_image = step(state, devices.shard(batch))
+        states.append(devices.fetch_replicated(state))
+        reports.append((devices.fetch_replicated(scalars), devices.fetch_sharded(per_image)))
+    return states, reports
+
+
+def test_a_step_counts_itself_and_reports_its_own_numbers(linear_network, make_batch):
+    batches = [make_batch([3, 0, 1, 2], seed=i) for i in range(3)]
+    states, reports = run(linear_network, batches)
+    assert [int(state.step) for state in states] == [0, 1, 2, 3]
+    # 4 images: a quarter of the rate for 16; the milestone lies after two steps.
+    assert [float(scalars["lr"]) for scalars, _ in reports] == pytest.approx([0.1, 0.1, 0.01])
+    for scalars, per_image in reports:
+        assert set(scalars) == {"loss_cls", "loss_bbox", "loss_dfl", "loss", "grad_norm", "lr"}
+        terms = {name: scalars[name] for name in per_image}
+        assert set(terms) == {"loss_cls", "loss_bbox", "loss_dfl"}
+        assert sum(terms.values()) == pytest.approx(scalars["loss"], rel=1e-6)
+        for name, shares in per_image.items():
+            assert shares.shape == (4,)
+            assert shares.sum() == pytest.approx(terms[name], rel=1e-5)
+        assert per_image["loss_bbox"][1] == per_image["loss_dfl"][1] == 0  # no objects
+        assert per_image["loss_cls"][1] > 0
+
+
+def test_grad_norm_is_that_before_clipping(linear_network, make_batch):
+    batch = make_batch([3, 2, 4, 5])
+    states, reports = run(linear_network, [batch])
+    norm = reports[0][0]["grad_norm"]
+    assert norm > TRAIN.clip_norm
+    # The first update is -lr (clipped gradient + decay p).
+    before, after = (state.variables.params for state in states)
+    clipped = [(before[k] - after[k]) / 0.1 - TRAIN.weight_decay * before[k] for k in before]
+    assert np.sqrt(sum((g**2).sum() for g in clipped)) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_slots_that_only_fill_the_batch_train_nothing_but_weight_decay(linear_network, make_batch):
+    batch = make_batch([0, 0, 0, 0])._replace(image_mask=np.zeros(4, bool))
+    states, [(scalars, per_image)] = run(linear_network, [batch])
+    assert scalars["loss"] == scalars["grad_norm"] == 0
+    assert all((shares == 0).all() for shares in per_image.values())
+    before, after = (state.variables for state in states)
+    for name, p in before.params.items():  # biases, too
+        np.testing.assert_allclose(after.params[name], p * (1 - 0.1 * 0.05), rtol=1e-6)
+
+
+def test_filling_slots_do_not_change_the_step(linear_network, make_batch):
+    """Three images and a filler: the same as if the filler held anything else."""
+    batch = make_batch([3, 1, 2, 0])
+    mask = np.array([True, True, True, False])
+    other = batch.images.copy()
+    other[3] = 255 - other[3]
+    outcomes = [
+        run(linear_network, [batch._replace(image_mask=mask, images=images)])
+        for images in (batch.images, other)
+    ]
+    (first, [(scalars, per_image)]), (second, _) = outcomes
+    assert all(shares[3] == 0 for shares in per_image.values())
+    assert scalars["loss"] > 0
+    for name, value in first[1].variables.params.items():
+        np.testing.assert_array_equal(value, second[1].variables.params[name])
+
+
+def test_frozen_parameters_keep_every_bit(linear_network, make_batch):
+    states, _ = run(linear_network, [make_batch([3, 0, 1, 2], seed=i) for i in range(3)])
+    first, last = states[0].variables, states[-1].variables
+    np.testing.assert_array_equal(first.frozen["gain"], last.frozen["gain"])
+    for name, value in first.params.items():
+        assert not np.array_equal(value, last.params[name])
+    # They have no momentum either.
+    momenta = jax.tree.leaves(states[0].optimizer)
+    assert sum(m.size for m in momenta if m.ndim) == sum(p.size for p in first.params.values())
+
+
+def test_statistics_are_taken_over(linear_network, make_batch):
+    batch = make_batch([1, 1, 1, 1])
+    states, _ = run(linear_network, [batch])
+    mean = 0.1 * 1.5 * (batch.images.mean((0, 1, 2)) / 255 - 0.5)
+    np.testing.assert_allclose(states[1].variables.stats["mean"], mean, rtol=1e-3)
+
+
+def test_ema_averages_the_parameters_and_is_what_is_evaluated(linear_network, make_batch):
+    batches = [make_batch([3, 0, 1, 2], seed=i) for i in range(3)]
+    states, _ = run(linear_network, batches, ema_decay=0.8)
+    average = states[0].variables.params
+    for state in states[1:]:
+        average = {k: 0.8 * average[k] + 0.2 * p for k, p in state.variables.params.items()}
+        for name, value in average.items():
+            np.testing.assert_allclose(state.ema[name], value, rtol=1e-5, atol=1e-7)
+            assert state.evaluated().params[name] is state.ema[name]
+        assert state.evaluated().frozen is state.variables.frozen
+
+
+def test_without_ema_the_parameters_themselves_are_evaluated(linear_network):
+    _, state, _ = compiled(linear_network, 0.0)
+    assert state.ema == {}
+    assert state.evaluated().params is state.variables.params
+
+
+@pytest.mark.parametrize(
+    ("stages", "prefixes"),
+    [
+        (-1, ()),
+        (0, ("backbone.conv1.", "backbone.bn1.")),
+        (1, ("backbone.conv1.", "backbone.bn1.", "backbone.layer1.")),
+        (2, ("backbone.conv1.", "backbone.bn1.", "backbone.layer1.", "backbone.layer2.")),
+    ],
+)
+def test_frozen_stages_hold_exactly_the_named_stages(stages, prefixes):
+    backbone = Backbone(depth=18, width=8, norm="frozen_bn", frozen_stages=stages)
+    model = Model(backbone=backbone, fpn_width=32, head_width=32, stacked_convs=1)
+    network = Network(model, 3, 68)
+    params, frozen, _ = jax.eval_shape(lambda: network.init(0))
+    assert all(name.startswith(prefixes) for name in frozen)
+    assert not any(prefixes and name.startswith(prefixes) for name in params)
+    for prefix in prefixes:
+        assert any(name.startswith(prefix) for name in frozen)
