@@ -13,7 +13,10 @@ ANCHORS = len(PRIORS.boxes)
 EVERYWHERE = np.ones(ANCHORS, bool)
 SLOTS = 120  # of objects; one shape, so that everything is compiled once
 
-_assign = jax.jit(lambda *arrays: ATSS()(PRIORS, *arrays))
+# Programs compiled for one run: quickly rather than well.
+QUICKLY = {"xla_backend_optimization_level": 0}
+
+_assign = jax.jit(lambda *arrays: ATSS()(PRIORS, *arrays), compiler_options=QUICKLY)
 
 
 def assign(boxes, mask=None, valid=EVERYWHERE, padding=0.0):
@@ -162,7 +165,7 @@ def test_of_two_equal_objects_the_first_is_assigned():
 
 def test_of_equally_near_anchors_the_first_is_the_candidate():
     """With one candidate a level and the object midway between four cells of P3."""
-    nearest = jax.jit(lambda *arrays: ATSS(topk=1)(PRIORS, *arrays))
+    nearest = jax.jit(lambda *arrays: ATSS(topk=1)(PRIORS, *arrays), compiler_options=QUICKLY)
     box = np.array([[36, 36, 100, 100]], np.float32)
     found = np.asarray(nearest(EVERYWHERE, box, np.ones(1, bool)))
     np.testing.assert_array_equal(found, assign_by_hand(box, topk=1))
@@ -193,6 +196,7 @@ def test_a_batch_is_its_images_one_by_one():
     boxes = np.stack([random_boxes(rng, SLOTS) for _ in range(2)])
     mask = rng.random((2, SLOTS)) < [[0.1], [0.3]]
     valid = np.stack([EVERYWHERE, valid_cells(100, 60)])
-    found = jax.jit(lambda *arrays: assign_batch(ATSS(), PRIORS, *arrays))(valid, boxes, mask)
+    run = jax.jit(lambda *arrays: assign_batch(ATSS(), PRIORS, *arrays), compiler_options=QUICKLY)
+    found = run(valid, boxes, mask)
     for i in range(2):
         np.testing.assert_array_equal(found[i], assign(boxes[i], mask[i], valid[i]))

@@ -75,7 +75,7 @@ def train_plan(data: Data, split: PreparedSplit, batch_size: int, seed: int) -> 
 
 
 def eval_plan(data: Data, split: PreparedSplit, batch_size: int, limit: int = 0) -> BatchPlan:
-    """Batches of all images (the first `limit` ones, if not 0) in order."""
+    """Batches of all images, or of the first `limit` ones if that is not 0."""
     return BatchPlan(
         sizes=split.sizes,
         indices=np.arange(len(split.sizes))[: limit or None],

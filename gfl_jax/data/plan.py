@@ -45,7 +45,7 @@ class BatchPlan:
     sizes: (height, width) of every image, int [N, 2].  indices: the images that take part.
     batch_size: over all devices and hosts.  scale: limits of the (long, short) sides.
     canvases: see `canvases_of`.  multi_scale: range of the short side, drawn once a batch.
-    flip: its probability.  shuffle: False for evaluation, in the order of `indices`.
+    flip: its probability.  shuffle: False for evaluation: portrait, then landscape images in order.
     """
 
     sizes: np.ndarray

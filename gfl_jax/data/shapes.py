@@ -38,14 +38,15 @@ SPLITS = ("train", "val")
 TEXTURES = ("flat", "stripes", "checks", "dots", "noise", "gradient")
 VERSION = 1  # to be raised whenever the same spec would give other images or labels
 
-MIN_SIDE = 16.0  # px, of a shape's nominal box
+MIN_SIDE = 20.0  # px, of a shape's nominal box
 MAX_SIDE = 0.7  # of the image's shorter side
+TILT = 0.35  # rad, to either side
 MAX_SHAPES = 6  # per image
 MIN_VISIBLE = 0.4  # no shape is hidden further than this
 MIN_BLURRED = 24.0  # px, the least extent along which a side may be blurred
 FADE = 2.0  # a blurred side fades out within +- FADE sigma, and its label stays within as well
 CLIPPED_STD = 0.95940  # standard deviation of a standard normal clipped to +- FADE
-BLURRED = 0.5  # the chance to try and blur a shape; about a third of these cannot be
+BLURRED = 0.4  # the chance to try and blur a shape; about a third of these cannot be
 OUTWARD = np.array([-1.0, -1.0, 1.0, 1.0])  # the direction of each side (left, top, right, bottom)
 
 
@@ -144,7 +145,7 @@ def make_outline(rng: np.random.Generator, label: int) -> list[np.ndarray]:
             turns = [np.array([[c, s], [-s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
             polygons = [np.concatenate([corner @ turn for turn in turns])]
     aspect = np.exp(rng.uniform(-0.45, 0.45))
-    angle = rng.uniform(-np.pi, np.pi)
+    angle = rng.uniform(-TILT, TILT)
     cos, sin = np.cos(angle), np.sin(angle)
     matrix = np.array([[aspect * cos, aspect * sin], [-sin, cos]])
     return [polygon @ matrix for polygon in polygons]

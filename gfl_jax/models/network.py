@@ -50,6 +50,11 @@ class Backbone:
     def __post_init__(self):
         if not -1 <= self.frozen_stages <= 4:
             raise ValueError(f"backbone.frozen_stages is {self.frozen_stages}; it must be -1 to 4")
+        if self.norm == "bn" and self.frozen_stages >= 0:
+            raise ValueError(
+                f"backbone.norm 'bn' trains every stage's statistics, but backbone.frozen_stages is "
+                f"{self.frozen_stages}: set it to -1, or norm to 'frozen_bn'"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from gfl_jax.config import Experiment, Train
 from gfl_jax.data.coco import PreparedSplit
-from gfl_jax.data.loader import batches, eval_plan, train_plan
+from gfl_jax.data.loader import HostBatch, batches, eval_plan, train_plan
 from gfl_jax.evaluation import Evaluation, evaluate, ground_truth, predict_all
 from gfl_jax.models.network import Network
 from gfl_jax.training.checkpoint import Checkpoints
@@ -160,11 +160,9 @@ def fit(
 
     loaded = batches(plan, train_split, range(start, total), experiment.data)
     progress = tqdm(initial=start, total=total, desc="training", unit=" steps", smoothing=0.05)
-    since, images = time.perf_counter(), 0
-    pending = None
+    numbers = _Numbers(devices, log, progress, train.log_every)
     for step in range(start, total + 1):
-        done = step == total
-        if step and (step % eval_every == 0 or done) and not log.has("val", step):
+        if step and (step % eval_every == 0 or step == total) and not log.has("val", step):
             evaluation, results = evaluator(state.evaluated())
             (workdir / "results.json").write_text(json.dumps(results))
             log.write("val", step, evaluation.metrics)
@@ -172,32 +170,53 @@ def fit(
             ap = evaluation.metrics["AP"]
             if best.step is None or ap > best.about()[1]["AP"]:
                 best.save(step, devices.fetch_replicated(state), experiment, about | {"AP": ap})
-            since, images = time.perf_counter(), 0
-        if done:
+            numbers.restart_clock()
+        if step == total:
             break
 
         host = next(loaded)
         state, scalars, per_image = train_step(state, devices.shard(host.batch))
-        images += int(host.batch.image_mask.sum())
-        saves = (step + 1) % checkpoint_every == 0 or step + 1 == total
-        # The previous step's numbers are read while this one runs, unless it is about to be saved.
-        for number, ids, values, shares in [pending] * (pending is not None) + (
-            [(step, host.image_ids, scalars, per_image)] if saves else []
-        ):
-            values = devices.fetch_replicated(values)
-            check_finite(number, values, devices.fetch_sharded(shares), ids)
-            if (number + 1) % train.log_every == 0:
-                rate = images / (time.perf_counter() - since)
-                since, images = time.perf_counter(), 0
-                log.write("train", number + 1, values | {"images_per_second": rate})
-                progress.set_postfix_str(
-                    f"loss {values['loss']:.3f}, lr {values['lr']:.2g}, {rate:.1f} images/s"
-                )
-        pending = None if saves else (step, host.image_ids, scalars, per_image)
+        numbers.add(step, host, scalars, per_image)
         progress.update()
-        if saves:
+        if (step + 1) % checkpoint_every == 0 or step + 1 == total:
+            numbers.settle()  # nothing is saved that has not been found finite
             newest.save(step + 1, devices.fetch_replicated(state), experiment, about)
     progress.close()
     log.close()
     newest.close()
     best.close()
+
+
+class _Numbers:
+    """Reads the numbers of each step one step late, so that devices do not wait for the host."""
+
+    def __init__(self, devices: Pmap | ShardMap, log: MetricsLog, progress: tqdm, every: int):
+        self._devices, self._log, self._progress, self._every = devices, log, progress, every
+        self._waiting: tuple[int, HostBatch, Any, Any] | None = None
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Starts to count images and seconds anew."""
+        self._since, self._images = time.perf_counter(), 0
+
+    def add(self, step: int, host: HostBatch, scalars: Any, per_image: Any) -> None:
+        """Takes a step that has been dispatched; settles the one before."""
+        self.settle()
+        self._waiting = (step, host, scalars, per_image)
+
+    def settle(self) -> None:
+        """Waits for the step last added, checks its numbers and logs them if it is their turn."""
+        if self._waiting is None:
+            return
+        step, host, scalars, per_image = self._waiting
+        self._waiting = None
+        values = self._devices.fetch_replicated(scalars)
+        check_finite(step, values, self._devices.fetch_sharded(per_image), host.image_ids)
+        self._images += int(host.batch.image_mask.sum())
+        if (step + 1) % self._every == 0:
+            rate = self._images / (time.perf_counter() - self._since)
+            self.restart_clock()
+            self._log.write("train", step + 1, values | {"images_per_second": rate})
+            self._progress.set_postfix_str(
+                f"loss {values['loss']:.3f}, lr {values['lr']:.2g}, {rate:.1f} images/s"
+            )

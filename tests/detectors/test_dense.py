@@ -28,6 +28,8 @@ CELLS = [  # x, y of the centre, stride, column, row
 ]
 CLASSES = 3
 GFL = Detector()
+# Programs compiled for one run: quickly rather than well.
+QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 def variant(n, delta, weighting, **others):
@@ -38,9 +40,8 @@ def variant(n, delta, weighting, **others):
 
 VARIANTS = {
     "gfl": GFL,
-    "wide-bins": variant(16, 2.0, "none", box_weight=1.5, dfl_weight=0.5),
-    "few-wide-bins": variant(4, 2.0, "iou"),
-    "few-bins": variant(4, 1.0, "predicted", classification=QualityFocal(beta=1.5)),
+    "few-wide-bins": variant(4, 2.0, "iou", box_weight=1.5, dfl_weight=0.5),
+    "few-bins": variant(4, 1.0, "none", classification=QualityFocal(beta=1.5)),
 }
 
 
@@ -206,7 +207,7 @@ def flat(levels):
     return np.concatenate([np.reshape(x, (len(x), -1, x.shape[-1])) for x in levels], axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
 def _losses_and_gradient(detector, outputs, batch):
     def total(outputs):
         losses = detector.losses(outputs, batch)
@@ -356,7 +357,7 @@ def test_losses_do_not_depend_on_how_images_are_spread_over_devices():
 
     outputs = Outputs(by_level(cls), by_level(box))
     halves = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), (outputs, batch))
-    parts = jax.jit(on_devices)(*halves)
+    parts = jax.jit(on_devices, compiler_options=QUICKLY)(*halves)
     for name, value in whole.terms.items():
         np.testing.assert_allclose(parts.terms[name].sum(), value, rtol=1e-5)
         np.testing.assert_allclose(
@@ -434,7 +435,7 @@ def test_impossible_choices_are_named(choice):
 RULE = Inference(score_threshold=0.3, nms_pre=20, max_per_image=30)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
 def _detections(detector, outputs, sizes, scales):
     return detector.detections(outputs, sizes, scales)
 
@@ -500,8 +501,9 @@ PADDING_PREDICTS = Inference(
 def test_detections_are_those_of_a_loop_over_levels_and_pairs(inference):
     for seed, shift in ((0, -1.0), (1, 1.0)):
         cls, box = random_logits(GFL, seed, images=2)
+        box -= np.linspace(0, 8, 17, dtype=np.float32)  # small boxes: many survive
         counts = check_by_hand(inference, cls + np.float32(shift), box, SIZES, SCALES)
-        assert all(count > 5 for count in counts)
+        assert all(count > 8 for count in counts), counts
 
 
 def nothing(images=2):
@@ -541,14 +543,14 @@ def test_padding_does_not_predict_unless_told_to():
     """The second image is 40 x 60, as if padded to 64 x 64: column 8 begins its padding."""
     cls, box = nothing()
     put(cls, box, 1, (7, 2), 0, (5, 1, 1, 1), logit=1.0)
-    put(cls, box, 1, (9, 2), 0, (5, 1, 1, 1), logit=5.0)
+    put(cls, box, 1, (9, 2), 0, (3, 1, 1, 1), logit=5.0)
     ones = ((1.0, 1.0),) * 2
     found = detections(RULE, cls, box, SIZES, ones)
     assert found.mask[1].sum() == 1
     np.testing.assert_allclose(found.boxes[1, 0], [16, 8, 60, 24], rtol=1e-5)
     found = detections(PADDING_PREDICTS, cls, box, SIZES, ones)
     assert found.mask[1].sum() == 2
-    np.testing.assert_allclose(found.boxes[1, 0], [32, 8, 60, 24], rtol=1e-5)
+    np.testing.assert_allclose(found.boxes[1, 0], [48, 8, 60, 24], rtol=1e-5)
 
 
 def test_a_box_outside_the_image_is_dropped():

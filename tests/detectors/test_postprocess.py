@@ -155,4 +155,6 @@ def test_images_of_a_batch_do_not_meet():
     labels = rng.integers(0, 3, (2, N))
     found = jax.jit(jax.vmap(functools.partial(nms, inference=FEW)))(boxes, scores, labels)
     alone = [_nms(*image, inference=FEW) for image in zip(boxes, scores, labels, strict=True)]
-    jax.tree.map(lambda whole, *parts: np.testing.assert_array_equal(whole, parts), found, *alone)
+    jax.tree.map(
+        lambda whole, *parts: np.testing.assert_array_equal(whole, np.stack(parts)), found, *alone
+    )

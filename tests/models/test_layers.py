@@ -76,7 +76,7 @@ def test_convolution_in_bfloat16_has_bfloat16_gradients():
         np.testing.assert_allclose(np.float32(ours), other, rtol=0.05, atol=0.3)
 
 
-@pytest.mark.parametrize(("size", "stride"), [(3, 2), (7, 2), (1, 1)])
+@pytest.mark.parametrize(("size", "stride"), [(3, 2), (7, 2)])
 def test_conv2d_pads_both_sides_alike(size, stride):
     """Even inputs: 'SAME' would pad a stride of 2 at the bottom and right only."""
     conv = layers.conv2d(
@@ -175,7 +175,7 @@ def test_batch_norm_in_training_uses_the_batch_and_moves_a_tenth_of_the_way():
 
 
 def test_impossible_norms_are_named():
-    with pytest.raises(ValueError, match="multiple of 32 channels, not 48"):
+    with pytest.raises(ValueError, match="GroupNorm cannot share 48 channels"):
         layers.normalization("gn", 48, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="'ln' is unknown"):
         layers.normalization("ln", 32, rngs=nnx.Rngs(0))
@@ -191,27 +191,14 @@ def test_layers_agree_with_pytorch():
     def nhwc(x):
         return np.moveaxis(x.numpy(), 1, -1)
 
-    for shape in SHAPES:
-        x = draw(*shape)
-        found, expected = layers.max_pool(x), functional.max_pool2d(nchw(x), 3, 2, 1)
-        np.testing.assert_array_equal(found, nhwc(expected))
-        for kernel_size, stride in ((3, 2), (7, 2), (3, 1), (1, 1)):
-            conv = layers.conv2d(
-                shape[-1],
-                4,
-                kernel_size,
-                stride=stride,
-                kernel_init=nnx.initializers.normal(1.0),
-                rngs=nnx.Rngs(0),
-            )
-            kernel = torch.from_numpy(np.array(conv.kernel[...]).transpose(3, 2, 0, 1).copy())
-            expected = functional.conv2d(
-                nchw(x), kernel, stride=stride, padding=(kernel_size - 1) // 2
-            )
-            np.testing.assert_allclose(conv(x), nhwc(expected), rtol=1e-4, atol=1e-4)
-    x = draw(2, 3, 5, 64)
-    for size in ((6, 10), (5, 9), (7, 11)):
-        expected = functional.interpolate(nchw(x), size, mode="nearest")
-        np.testing.assert_array_equal(layers.upsample_nearest(x, size), nhwc(expected))
+    x = draw(2, 7, 6, 64)
+    np.testing.assert_array_equal(layers.max_pool(x), nhwc(functional.max_pool2d(nchw(x), 3, 2, 1)))
+    expected = functional.interpolate(nchw(x), (15, 11), mode="nearest")
+    np.testing.assert_array_equal(layers.upsample_nearest(x, (15, 11)), nhwc(expected))
+    kernel = draw(3, 3, 64, 16, seed=1) / 10
+    weight = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
+    expected = functional.conv2d(nchw(x), weight, stride=2, padding=1)
+    found = layers._conv2d(x, kernel, (2, 2), ((1, 1), (1, 1)))
+    np.testing.assert_allclose(found, nhwc(expected), rtol=1e-4, atol=1e-4)
     norm = layers.normalization("gn", 64, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(norm(x), nhwc(functional.group_norm(nchw(x), 32)), atol=1e-5)

@@ -138,7 +138,9 @@ def test_what_a_killed_save_leaves_is_no_checkpoint(tmp_path):
     assert Checkpoints.find(tmp_path).step == 2
 
 
-@pytest.mark.parametrize("name", ["7.orbax-checkpoint-tmp-1700000000000000", "7.orbax-checkpoint-tmp"])
+@pytest.mark.parametrize(
+    "name", ["7.orbax-checkpoint-tmp-1700000000000000", "7.orbax-checkpoint-tmp"]
+)
 def test_a_folder_under_a_temporary_name_is_no_checkpoint(tmp_path, name):
     folder = saved(tmp_path / "c", [5, 7])
     (folder / "7").rename(folder / name)

@@ -36,7 +36,8 @@ from gfl_jax.training.step import init_state, learning_rate, make_train_step, sg
 )
 def test_learning_rate_of_the_reference_schedule(step, expected):
     schedule = learning_rate(Train(), steps_per_epoch=100)
-    assert float(schedule(step)) == pytest.approx(expected, rel=2e-6)
+    # Near 0 the rise is rounded to a float32 of its top.
+    assert float(schedule(step)) == pytest.approx(expected, rel=2e-6, abs=2e-9)
 
 
 @pytest.mark.parametrize("batch_size", [2, 16, 128])
@@ -66,7 +67,7 @@ def test_learning_rate_is_warm_up_times_drops(step, warmup, per_epoch, factor, m
     rise = min(factor + (1 - factor) * step / (warmup - 1), 1.0)
     drops = sum(step >= milestone * per_epoch for milestone in milestones)
     rate = learning_rate(train, per_epoch)(jnp.int32(step))
-    assert float(rate) == pytest.approx(0.02 * rise * 0.1**drops, rel=2e-5, abs=1e-12)
+    assert float(rate) == pytest.approx(0.02 * rise * 0.1**drops, rel=2e-5, abs=5e-9)
 
 
 # ---------------------------------------------------------------------------- SGD
@@ -134,7 +135,7 @@ def test_sgd_is_torch_s(clip):
 # ---------------------------------------------------------------------------- the step
 
 TRAIN = Train(
-    batch_size=4, lr=0.4, warmup_steps=0, milestones=(1,), weight_decay=0.05, clip_norm=0.5
+    batch_size=4, lr=0.4, warmup_steps=0, milestones=(1,), weight_decay=0.05, clip_norm=0.1
 )
 
 
@@ -188,7 +189,7 @@ def test_grad_norm_is_that_before_clipping(linear_network, make_batch):
     # The first update is -lr (clipped gradient + decay p).
     before, after = (state.variables.params for state in states)
     clipped = [(before[k] - after[k]) / 0.1 - TRAIN.weight_decay * before[k] for k in before]
-    assert np.sqrt(sum((g**2).sum() for g in clipped)) == pytest.approx(0.5, rel=1e-4)
+    assert np.sqrt(sum((g**2).sum() for g in clipped)) == pytest.approx(0.1, rel=1e-3)
 
 
 def test_slots_that_only_fill_the_batch_train_nothing_but_weight_decay(linear_network, make_batch):

@@ -1,0 +1,203 @@
+"""What every plan of batches has in common, whatever the images and the settings."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gfl_jax.data.plan import BatchPlan, canvases_of
+
+side = st.integers(32, 700)
+
+
+def up_to_32(x):
+    return (x + 31) // 32 * 32
+
+
+@st.composite
+def settings_of_plans(draw):
+    sizes = draw(st.lists(st.tuples(side, side), min_size=1, max_size=30))
+    taking_part = draw(
+        st.lists(st.sampled_from(range(len(sizes))), min_size=1, max_size=len(sizes), unique=True)
+    )
+    short = draw(st.integers(32, 200))
+    long = draw(st.integers(short, 400))
+    limits = sorted(draw(st.tuples(st.integers(32, short), st.integers(32, short))))
+    smaller = draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 12)), max_size=3))
+    smaller = [tuple(32 * k for k in sorted(canvas)) for canvas in smaller]
+    landscape = draw(st.sampled_from([(), (*smaller, (up_to_32(short), up_to_32(long)))]))
+    return dict(
+        sizes=np.array(sizes),
+        indices=np.array(sorted(taking_part)),
+        batch_size=draw(st.integers(1, 7)),
+        scale=(long, short),
+        canvases=canvases_of((long, short), landscape),
+        multi_scale=draw(st.sampled_from([None, tuple(limits)])),
+        flip=draw(st.sampled_from([0.0, 0.5, 1.0])),
+        shuffle=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def epoch_of(plan, epoch=0):
+    first = epoch * plan.steps_per_epoch
+    return [plan(step) for step in range(first, first + plan.steps_per_epoch)]
+
+
+def resized(size, long_side, short_side):
+    height, width = map(int, size)
+    scale = min(long_side / max(height, width), short_side / min(height, width))
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def equal(a, b):
+    """Whether two batches, or lists of them, are the same."""
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def make(sizes, batch_size=4, **others):
+    arguments = dict(indices=np.arange(len(sizes)), scale=(256, 128), shuffle=True) | others
+    arguments.setdefault("canvases", canvases_of(arguments["scale"]))
+    return BatchPlan(sizes=np.array(sizes), batch_size=batch_size, **arguments)
+
+
+@given(settings_of_plans(), st.integers(0, 3))
+def test_an_epoch_has_every_image_once(settings, epoch):
+    plan = BatchPlan(**settings)
+    batches = epoch_of(plan, epoch)
+    real = np.concatenate([batch.images[batch.real] for batch in batches])
+    assert sorted(real) == settings["indices"].tolist()
+    height, width = settings["sizes"][settings["indices"]].T
+    portrait = int((height > width).sum())
+    size = settings["batch_size"]
+    assert plan.steps_per_epoch == -(-portrait // size) + -(-(len(height) - portrait) // size)
+
+
+@given(settings_of_plans())
+def test_batches_are_full_of_one_orientation_and_fit_their_canvas(settings):
+    long_side = settings["scale"][0]
+    low, high = settings["multi_scale"] or (settings["scale"][1],) * 2
+    for batch in epoch_of(BatchPlan(**settings), 1):
+        size = settings["batch_size"]
+        assert batch.images.shape == batch.real.shape == batch.flip.shape == (size,)
+        assert batch.real[0]
+        assert set(batch.images) == set(batch.images[batch.real])  # fillers repeat their batch
+        height, width = settings["sizes"][batch.images].T
+        assert len(set(height > width)) == 1
+        assert low <= batch.short_side <= high
+        needed = [resized(s, long_side, batch.short_side) for s in settings["sizes"][batch.images]]
+        needed = np.max(needed, axis=0)
+        fitting = [c for c in settings["canvases"] if (needed <= c).all()]
+        assert batch.canvas in fitting
+        assert np.prod(batch.canvas) == min(map(np.prod, fitting))
+
+
+@given(settings_of_plans(), st.data())
+def test_a_batch_is_a_function_of_settings_and_step(settings, data):
+    plan = BatchPlan(**settings)
+    sequence = [batch for epoch in range(3) for batch in epoch_of(plan, epoch)]
+    step = data.draw(st.integers(0, len(sequence) - 1))
+    assert equal(BatchPlan(**settings)(step), sequence[step])  # alone
+    assert equal(plan(step), sequence[step])  # again, going back
+    assert equal(epoch_of(BatchPlan(**settings), 0), sequence[: plan.steps_per_epoch])
+
+
+@given(settings_of_plans())
+def test_flips_follow_their_probability(settings):
+    flips = np.concatenate([batch.flip for batch in epoch_of(BatchPlan(**settings))])
+    if settings["flip"] in (0.0, 1.0):
+        assert (flips == settings["flip"]).all()
+
+
+def test_half_of_the_images_are_flipped():
+    batches = epoch_of(make([(100, 200)] * 1000, flip=0.5))
+    assert 0.4 < np.mean([batch.flip for batch in batches]) < 0.6
+
+
+def random_sizes(count=40):
+    return np.random.default_rng(0).integers(32, 300, (count, 2))
+
+
+def test_epochs_and_seeds_differ():
+    plan, other = make(random_sizes(), flip=0.5), make(random_sizes(), flip=0.5, seed=1)
+    epochs = [epoch_of(plan, 0), epoch_of(plan, 1), epoch_of(other, 0), epoch_of(other, 1)]
+    for i in range(4):
+        for j in range(i):
+            assert not equal(epochs[i], epochs[j])
+            orders = [np.concatenate([batch.images for batch in epochs[k]]) for k in (i, j)]
+            assert not np.array_equal(*orders)
+
+
+def test_orientations_are_mixed_within_an_epoch():
+    """Not all portrait batches first."""
+    plan = make([(200, 100)] * 60 + [(100, 200)] * 60)
+    portrait = [batch.canvas[0] > batch.canvas[1] for batch in epoch_of(plan)]
+    assert sum(portrait) == 15
+    assert portrait != sorted(portrait)
+    assert portrait != sorted(portrait, reverse=True)
+
+
+def test_without_shuffling_images_come_in_order_the_same_in_every_epoch():
+    sizes = random_sizes(30)
+    plan = make(sizes, shuffle=False)
+    batches = epoch_of(plan)
+    assert equal(batches, epoch_of(plan, 3))
+    real = np.concatenate([batch.images[batch.real] for batch in batches])
+    portrait = sizes[:, 0] > sizes[:, 1]
+    for group in (portrait, ~portrait):  # each orientation for itself
+        assert real[group[real]].tolist() == np.flatnonzero(group).tolist()
+
+
+def test_short_sides_cover_their_range():
+    plan = make([(100, 200)] * 400, batch_size=1, multi_scale=(96, 99))
+    assert {batch.short_side for batch in epoch_of(plan)} == {96, 97, 98, 99}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "short_side", "canvas"),
+    [
+        ([(96, 128)], 96, (96, 128)),
+        ([(128, 96)], 96, (128, 96)),
+        ([(128, 160)], 128, (128, 160)),
+        ([(64, 80)], 128, (128, 160)),
+        ([(128, 161)], 128, (128, 256)),
+        ([(160, 128)], 128, (160, 128)),
+        ([(100, 1000)], 128, (128, 256)),
+        ([(128, 128), (64, 160)], 128, (128, 256)),  # the second is 102 x 256
+    ],
+)
+def test_the_smallest_canvas_that_holds_all_images_is_taken(sizes, short_side, canvas):
+    canvases = canvases_of((256, 128), ((96, 128), (128, 160), (128, 256)))
+    plan = make(sizes, batch_size=2, canvases=canvases, multi_scale=(short_side, short_side))
+    assert plan(0).canvas == canvas
+
+
+def test_canvases_are_mirrored_and_sorted_by_area():
+    assert canvases_of((1333, 800)) == ((800, 1344), (1344, 800))
+    assert canvases_of((320, 320)) == ((320, 320),)
+    assert canvases_of((256, 128), ((128, 256), (128, 160))) == (
+        (128, 160),
+        (160, 128),
+        (128, 256),
+        (256, 128),
+    )
+
+
+def test_a_canvas_too_small_is_a_clear_error():
+    plan = make([(100, 200), (100, 250)], canvases=((128, 256), (256, 128)), scale=(320, 128))
+    with pytest.raises(ValueError, match=r"hold no image of 128 x 320 .*add a canvas"):
+        plan(0)
+
+
+def test_a_plan_without_images_is_a_clear_error():
+    with pytest.raises(ValueError, match="no image takes part"):
+        make([(100, 200)], indices=np.arange(0))
+
+
+def test_a_plan_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make([(100, 200)]).seed = 1
