@@ -161,10 +161,11 @@ def from_dict(kind: Any, value: Any) -> Any:
         ValueError: a field that the dataclass does not have.
     """
     if dataclasses.is_dataclass(kind):
-        hints = get_type_hints(kind)
+        make: Any = kind
+        hints = get_type_hints(make)
         if unknown := set(value) - set(hints):
-            raise ValueError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
-        return kind(**{name: from_dict(hints[name], item) for name, item in value.items()})
+            raise ValueError(f"{make.__name__} has no field {', '.join(sorted(unknown))}")
+        return make(**{name: from_dict(hints[name], item) for name, item in value.items()})
     if isinstance(value, list):
         return tuple(from_dict(None, item) for item in value)
     return value

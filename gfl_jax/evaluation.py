@@ -91,13 +91,15 @@ def ground_truth(split: PreparedSplit) -> COCO:
     """
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
-        coco.dataset = _original(split) if split.annotations else _recorded(split)
+        coco.dataset = (
+            _original(split, split.annotations) if split.annotations else _recorded(split)
+        )
         coco.createIndex()
     return coco
 
 
-def _original(split: PreparedSplit) -> dict[str, Any]:
-    dataset = json.loads(Path(split.annotations).read_bytes())
+def _original(split: PreparedSplit, file: Path) -> dict[str, Any]:
+    dataset = json.loads(file.read_bytes())
     report = split.source.directory / "report.json"
     problems = json.loads(report.read_text())["problems"] if report.is_file() else []
     left_out = {problem["annotation_id"] for problem in problems} - {None}
@@ -113,7 +115,7 @@ def _original(split: PreparedSplit) -> dict[str, Any]:
 
 
 def _recorded(split: PreparedSplit) -> dict[str, Any]:
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for record in (split.source[i] for i in range(len(split.source))):
         for box, label, crowd in zip(
             record["boxes"], record["labels"], record["crowd"], strict=True

@@ -33,7 +33,7 @@ class Priors(NamedTuple):
         """
         padded = -(-sizes // PAD_MULTIPLE) * PAD_MULTIPLE
         extent = jnp.ceil(padded[:, None, ::-1] / self.strides[:, None])  # b anchors (x, y)
-        return (self.cells < extent).all(-1)
+        return (jnp.asarray(self.cells) < extent).all(-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,12 @@ class SquareAnchors:
             centers.append((cells[-1] + self.center_offset) * stride)
             strides.append(np.full(height * width, stride))
         center = np.concatenate(centers).astype(np.float32)
-        stride = np.concatenate(strides).astype(np.float32)
-        half = 0.5 * self.scale * stride[:, None]
+        stride_of = np.concatenate(strides).astype(np.float32)
+        half = 0.5 * self.scale * stride_of[:, None]
         return Priors(
             boxes=np.concatenate([center - half, center + half], -1),
             centers=center,
-            strides=stride,
+            strides=stride_of,
             cells=np.concatenate(cells),
             levels=tuple(height * width for height, width in level_sizes),
         )

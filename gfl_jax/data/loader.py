@@ -47,15 +47,15 @@ def open_split(data: Data, split: str) -> PreparedSplit:
         raise ValueError("data.root is empty: name the data set's folder with --data.root FOLDER")
     root = Path(data.root).expanduser()
     if data.source == "coco":
-        annotations, folder = {
+        json_file, image_folder = {
             "train": (data.train_annotations, data.train_images),
             "val": (data.val_annotations, data.val_images),
         }[split]
-        return prepare(CocoFolder(root / annotations, root / folder), cache, data.on_error)
-    annotations = root / data.val_annotations if split == "val" and data.val_annotations else None
+        return prepare(CocoFolder(root / json_file, root / image_folder), cache, data.on_error)
+    original = root / data.val_annotations
+    judged = split == "val" and original.is_file()
     name = {"train": "train", "val": "validation"}[split]
-    exists = annotations is not None and annotations.is_file()
-    return open_tfds(data.source, name, root, cache, annotations if exists else None)
+    return open_tfds(data.source, name, root, cache, original if judged else None)
 
 
 def train_plan(data: Data, split: PreparedSplit, batch_size: int, seed: int) -> BatchPlan:
@@ -113,7 +113,7 @@ def load_batch(
     """Decodes, resizes, flips and pads the images of a step; keeps boxes that are ground truth."""
     slots = plan(step)
     size = len(slots.images)
-    batch = Batch(
+    arrays: dict[str, Any] = dict(
         images=np.zeros((size, *slots.canvas, 3), np.uint8),
         sizes=np.zeros((size, 2), np.int32),
         scales=np.ones((size, 2), np.float32),
@@ -136,14 +136,14 @@ def load_batch(
         boxes = images.scale_boxes(record["boxes"][keep], scale, (height, width))
         if slots.flip[slot]:
             image, boxes = images.flip(image, boxes)
-        batch.images[slot, :height, :width] = image
-        batch.sizes[slot] = height, width
-        batch.scales[slot] = scale
+        arrays["images"][slot, :height, :width] = image
+        arrays["sizes"][slot] = height, width
+        arrays["scales"][slot] = scale
         if slots.real[slot]:
-            batch.boxes[slot, : len(boxes)] = boxes
-            batch.labels[slot, : len(boxes)] = record["labels"][keep]
-            batch.box_mask[slot, : len(boxes)] = True
-    return HostBatch(batch, split.image_ids[slots.images])
+            arrays["boxes"][slot, : len(boxes)] = boxes
+            arrays["labels"][slot, : len(boxes)] = record["labels"][keep]
+            arrays["box_mask"][slot, : len(boxes)] = True
+    return HostBatch(Batch(**arrays), split.image_ids[slots.images])
 
 
 def max_boxes_of(split: PreparedSplit) -> int:

@@ -100,7 +100,8 @@ class BatchPlan:
 
     def _canvas(self, images: np.ndarray, short_side: int) -> tuple[int, int]:
         """The smallest canvas that holds all of these images."""
-        heights, widths = resized_size(*self.sizes[images].T, self.scale[0], short_side)
+        heights, widths = self.sizes[images].T
+        heights, widths = resized_size(heights, widths, self.scale[0], short_side)
         needed = (int(heights.max()), int(widths.max()))
         for canvas in self.canvases:
             if needed[0] <= canvas[0] and needed[1] <= canvas[1]:

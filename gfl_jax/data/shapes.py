@@ -38,12 +38,12 @@ SPLITS = ("train", "val")
 TEXTURES = ("flat", "stripes", "checks", "dots", "noise", "gradient")
 VERSION = 1  # to be raised whenever the same spec would give other images or labels
 
-MIN_SIDE = 20.0  # px, of a shape's nominal box
+MIN_SIDE = 24.0  # px, of a shape's nominal box
 MAX_SIDE = 0.7  # of the image's shorter side
-TILT = 0.35  # rad, to either side
-MAX_SHAPES = 6  # per image
+TILT = 0.3  # rad, to either side
+MAX_SHAPES = 5  # per image
 MIN_VISIBLE = 0.4  # no shape is hidden further than this
-MIN_BLURRED = 24.0  # px, the least extent along which a side may be blurred
+MIN_BLURRED = 28.0  # px, the least extent along which a side may be blurred
 FADE = 2.0  # a blurred side fades out within +- FADE sigma, and its label stays within as well
 CLIPPED_STD = 0.95940  # standard deviation of a standard normal clipped to +- FADE
 BLURRED = 0.4  # the chance to try and blur a shape; about a third of these cannot be
@@ -64,7 +64,7 @@ class Shapes:
 
     num_train: int = 1600
     num_val: int = 200
-    image_size: tuple[int, int] = (192, 192)
+    image_size: tuple[int, int] = (128, 128)
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from gfl_jax.assign import ATSS, assign_batch
 from gfl_jax.boxes import aligned_iou, boxes_to_distances, distances_to_boxes
@@ -24,12 +24,14 @@ from gfl_jax.priors import Priors, SquareAnchors
 class Batch(NamedTuple):
     """Images on a canvas and their objects, padded to fixed shapes. Boxes in pixels of the canvas.
 
+    On the host, numpy arrays; on devices, jax arrays.
+
     images: RGB, zero outside the image.  sizes: height and width of the image on its canvas.
     scales: canvas pixels per original pixel in x and y.  boxes, labels, box_mask: objects, class
     indices and which of them exist.  image_mask: False for a slot that only fills the batch.
     """
 
-    images: Array  # uint8 b h w 3
+    images: UInt8[Array, "b h w 3"]
     sizes: Int[Array, "b 2"]
     scales: Float[Array, "b 2"]
     boxes: Float[Array, "b gts 4"]
@@ -212,12 +214,12 @@ class Detector:
             boxes = jnp.clip(boxes, 0.0, jnp.tile(size[::-1], 2).astype(boxes.dtype))
             return nms(boxes / jnp.tile(scale, 2), scores, labels, self.inference)
 
-        flat = [[_flatten([x]) for x in part] for part in outputs]
-        return jax.vmap(one_image)(*flat, priors.valid(sizes), sizes, scales)
+        cls_logits, box_logits = ([_flatten([x]) for x in part] for part in outputs)
+        return jax.vmap(one_image)(cls_logits, box_logits, priors.valid(sizes), sizes, scales)
 
 
 def _priors_of(priors: SquareAnchors, outputs: Outputs) -> Priors:
-    return priors([x.shape[1:3] for x in outputs.cls_logits])
+    return priors([(x.shape[1], x.shape[2]) for x in outputs.cls_logits])
 
 
 def _flatten(levels: list[Float[Array, "b _ _ c"]]) -> Float[Array, "b cells c"]:

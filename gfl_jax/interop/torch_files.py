@@ -57,6 +57,11 @@ class _Inert:
 class _Tensor(_Inert):
     """A tensor whose storage has not been read yet; `offset` and `stride` count elements."""
 
+    storage: _Storage
+    offset: int
+    size: tuple
+    stride: tuple
+
     def __new__(cls, storage: _Storage, offset: int, size: tuple, stride: tuple, *_: Any) -> Any:
         if not isinstance(storage, _Storage):
             raise pickle.UnpicklingError("a tensor without a storage")

@@ -52,8 +52,8 @@ class Backbone:
             raise ValueError(f"backbone.frozen_stages is {self.frozen_stages}; it must be -1 to 4")
         if self.norm == "bn" and self.frozen_stages >= 0:
             raise ValueError(
-                f"backbone.norm 'bn' trains every stage's statistics, but backbone.frozen_stages is "
-                f"{self.frozen_stages}: set it to -1, or norm to 'frozen_bn'"
+                "backbone.norm 'bn' trains the statistics of every stage; backbone.frozen_stages "
+                f"is {self.frozen_stages}: set it to -1, or norm to 'frozen_bn'"
             )
 
 

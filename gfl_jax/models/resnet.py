@@ -120,8 +120,8 @@ class ResNet(nnx.Module):
         x = jax.nn.relu(self.bn1(self.conv1(x)))
         x = max_pool(x)
         features = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in layer:
+        for stage in range(4):
+            for block in getattr(self, f"layer{stage + 1}"):
                 x = block(x)
             features.append(x)
         return features

@@ -94,7 +94,8 @@ class Evaluator:
                 seconds[name].append(time.perf_counter() - start)
         images = len(host.batch.image_mask)
         # The first run of each compiles.
-        return tuple(images / float(np.median(times[1:])) for times in seconds.values())
+        with_post, without_post = (float(np.median(times[1:])) for times in seconds.values())
+        return images / with_post, images / without_post
 
 
 def abstract_state(network: Network, train: Train) -> TrainState:

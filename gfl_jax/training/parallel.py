@@ -1,6 +1,7 @@
 """One per-device function over all local devices, by pmap or by shard_map: the same results.
 
-Trees are either replicated (the state) or sharded (a batch: devices share the leading axis).
+Trees are either replicated (the state) or sharded (a batch: devices share the leading axis). What
+is fetched is a copy: on CPUs numpy would otherwise look into buffers that the next step reuses.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,11 +45,11 @@ class Pmap:
 
     def fetch_replicated(self, tree: Any) -> Any:
         """One copy of a replicated tree, on the host."""
-        return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)).reshape(x.shape[1:]), tree)
+        return jax.tree.map(lambda x: np.array(x.addressable_data(0)).reshape(x.shape[1:]), tree)
 
     def fetch_sharded(self, tree: Any) -> Any:
         """The whole of a sharded tree, on the host."""
-        return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), tree)
+        return jax.tree.map(lambda x: np.array(x).reshape(-1, *x.shape[2:]), tree)
 
 
 class ShardMap:
@@ -73,7 +74,8 @@ class ShardMap:
 
     def replicate(self, tree: Any) -> Any:
         """A host tree on every device."""
-        return jax.device_put(tree, NamedSharding(self._mesh, P()))
+        # Copies: arrays that share a buffer could not be donated to the step.
+        return jax.device_put(jax.tree.map(np.array, tree), NamedSharding(self._mesh, P()))
 
     def shard(self, tree: Any) -> Any:
         """A host tree, split over the devices by its leading axis."""
@@ -81,11 +83,11 @@ class ShardMap:
 
     def fetch_replicated(self, tree: Any) -> Any:
         """One copy of a replicated tree, on the host."""
-        return jax.device_get(tree)
+        return jax.tree.map(np.array, tree)
 
     def fetch_sharded(self, tree: Any) -> Any:
         """The whole of a sharded tree, on the host."""
-        return jax.device_get(tree)
+        return jax.tree.map(np.array, tree)
 
 
 def parallel(
@@ -103,4 +105,4 @@ def parallel(
         raise ValueError(
             f"train.batch_size {batch_size} is not a multiple of the {len(devices)} devices"
         )
-    return {"pmap": Pmap, "shard_map": ShardMap}[mapping](devices)
+    return Pmap(devices) if mapping == "pmap" else ShardMap(devices)

@@ -30,7 +30,7 @@ MAPPINGS = {
 }
 EIGHT = ["pmap", "shard_map"]
 # Random weights score about 0.01 everywhere: detections of every rank, from every level.
-DETECTOR = Detector(inference=Inference(score_threshold=0.002, nms_pre=50, max_per_image=30))
+DETECTOR = Detector(inference=Inference(score_threshold=1e-6, nms_pre=50, max_per_image=30))
 # Clipped, averaged, decayed: all that a step does with a gradient.
 TRAIN = Train(batch_size=8, lr=0.1, warmup_steps=0, clip_norm=2.0, ema_decay=0.5, weight_decay=0.01)
 
@@ -47,7 +47,8 @@ class Trainer:
             functools.partial(step, axis_name=AXIS), [False, False, True], donate=True
         )
         self.predict = devices.map(make_predict(network, detector), [True])
-        self.first = init_state(network.init(0), optimizer, train)
+        first = init_state(network.init(0), optimizer, train)
+        self.first = jax.tree.map(lambda x: np.array(x, copy=True), first)
 
     def run(self, batches):
         """The state after these steps, on the devices, and what each step reported."""
@@ -90,16 +91,18 @@ def outcomes(trainers, batches):
 
 def difference(a, b, first):
     """The largest difference of a parameter, relative to how far training moved its tensor."""
-    return max(
-        float(np.abs(a[name] - b[name]).max() / np.abs(a[name] - first[name]).max()) for name in a
-    )
+    worst = 0.0
+    for name in a:
+        moved, apart = np.abs(a[name] - first[name]).max(), np.abs(a[name] - b[name]).max()
+        worst = max(worst, float(apart / moved) if moved else float(apart > 0))
+    return worst
 
 
 def params_of(trainer, state):
     return trainer.devices.fetch_replicated(state.variables.params)
 
 
-# Float32 sums in another order: measured MEASURED; dropping one box gives CONTROL.
+# Float32 sums in another order: 3e-5 was measured; leaving out one box gives 0.8.
 TOLERANCE = 1e-3
 
 
@@ -109,8 +112,9 @@ def test_eight_devices_reach_the_parameters_of_one(trainers, outcomes, mapping):
     expected = params_of(trainers["one device"], outcomes["one device"][0])
     found = params_of(trainers[mapping], outcomes[mapping][0])
     assert set(found) == set(expected) == set(first)
-    for name, value in expected.items():
-        assert not np.array_equal(value, first[name]), f"{name} has not been trained"
+    # GroupNorm makes nothing of the single cells of P6 and P7: their convolutions see no gradient.
+    still = {name for name, value in expected.items() if np.array_equal(value, first[name])}
+    assert all(name.startswith(("neck.fpn_convs.3", "neck.fpn_convs.4")) for name in still)
     assert difference(expected, found, first) < TOLERANCE
 
 
@@ -277,6 +281,19 @@ def test_what_was_fetched_stays_as_it_was(quick, batches, mapping):
         for leaf, copy in zip(leaves, expected, strict=True):
             assert isinstance(leaf, np.ndarray)
             np.testing.assert_array_equal(leaf, copy)
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_replicated_arrays_have_buffers_of_their_own(mapping):
+    """Averaged parameters start as the parameters; a step may not be given a buffer twice."""
+    devices, array = MAPPINGS[mapping](), jax.numpy.arange(1000.0)
+    replicated = devices.replicate({"params": array, "ema": array})
+    pointers = [
+        shard.data.unsafe_buffer_pointer()
+        for leaf in (*replicated.values(), array)
+        for shard in leaf.addressable_shards
+    ]
+    assert len(set(pointers)) == len(pointers) == 2 * devices.count + 1
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
