@@ -102,16 +102,33 @@ def _original(split: PreparedSplit, file: Path) -> dict[str, Any]:
     dataset = json.loads(file.read_bytes())
     report = split.source.directory / "report.json"
     problems = json.loads(report.read_text())["problems"] if report.is_file() else []
-    left_out = {problem["annotation_id"] for problem in problems} - {None}
+    # Of a duplicate id the first entry was kept.
+    faulty = {p["annotation_id"] for p in problems if p["kind"] != "duplicate annotation id"}
     images = set(split.image_ids.tolist())
-    dataset["images"] = [image for image in dataset["images"] if image.get("id") in images]
-    dataset["annotations"] = [
+    annotations = [
         # A file without areas or crowds means: the box's area, no crowd.
         {"area": annotation["bbox"][2] * annotation["bbox"][3], "iscrowd": 0} | annotation
-        for annotation in dataset["annotations"]
-        if annotation.get("image_id") in images and annotation.get("id") not in left_out
+        for annotation in _first_of_each_id(dataset["annotations"])
+        if annotation["id"] not in faulty and annotation.get("image_id") in images
     ]
-    return dataset
+    return {
+        "images": [i for i in _first_of_each_id(dataset["images"]) if i["id"] in images],
+        "annotations": annotations,
+        "categories": _categories(split),
+    }
+
+
+def _first_of_each_id(entries: list[Any]) -> list[dict[str, Any]]:
+    kept: dict[int, dict[str, Any]] = {}
+    for entry in entries:
+        if isinstance(entry, dict) and isinstance(entry.get("id"), int):
+            kept.setdefault(entry["id"], entry)
+    return list(kept.values())
+
+
+def _categories(split: PreparedSplit) -> list[dict[str, Any]]:
+    names = zip(split.category_ids, split.category_names, strict=True)
+    return [{"id": category_id, "name": name} for category_id, name in names]
 
 
 def _recorded(split: PreparedSplit) -> dict[str, Any]:
@@ -131,18 +148,18 @@ def _recorded(split: PreparedSplit) -> dict[str, Any]:
                     "iscrowd": int(crowd),
                 }
             )
-    names = zip(split.category_ids, split.category_names, strict=True)
     return {
         "images": [{"id": image_id} for image_id in split.image_ids.tolist()],
         "annotations": annotations,
-        "categories": [{"id": category_id, "name": name} for category_id, name in names],
+        "categories": _categories(split),
     }
 
 
 def evaluate(results: list[dict[str, Any]], truth: COCO, image_ids: Iterable[int]) -> Evaluation:
     """Pycocotools' bbox evaluation of COCO results on these images."""
     with contextlib.redirect_stdout(io.StringIO()):
-        detections = truth.loadRes(results) if results else COCO()
+        # Copies, since pycocotools adds fields.
+        detections = truth.loadRes([dict(result) for result in results]) if results else COCO()
         if not results:
             detections.dataset = {**truth.dataset, "annotations": []}
             detections.createIndex()

@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from gfl_jax.detectors.dense import Batch
+from gfl_jax.data.batch import Batch
 from gfl_jax.models.heads import Outputs
 from gfl_jax.models.network import Variables
 

@@ -12,10 +12,10 @@ from absl import flags
 
 from gfl_jax.config import Data
 from gfl_jax.data import images
+from gfl_jax.data.batch import Batch
 from gfl_jax.data.coco import CocoFolder, PreparedSplit, open_tfds, prepare
 from gfl_jax.data.plan import BatchPlan, canvases_of
 from gfl_jax.data.shapes import make_shapes
-from gfl_jax.detectors.dense import Batch
 
 MIN_SIDE = 32
 """Smaller images are not trained on, as in the reference."""

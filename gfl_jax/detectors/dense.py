@@ -11,33 +11,15 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from gfl_jax.assign import ATSS, assign_batch
 from gfl_jax.boxes import aligned_iou, boxes_to_distances, distances_to_boxes
+from gfl_jax.data.batch import Batch
 from gfl_jax.detectors.postprocess import Detections, Inference, nms, top_pairs
 from gfl_jax.losses import distribution_focal_loss, giou_loss, quality_focal_loss
 from gfl_jax.models.heads import Outputs
 from gfl_jax.priors import Priors, SquareAnchors
-
-
-class Batch(NamedTuple):
-    """Images on a canvas and their objects, padded to fixed shapes. Boxes in pixels of the canvas.
-
-    On the host, numpy arrays; on devices, jax arrays.
-
-    images: RGB, zero outside the image.  sizes: height and width of the image on its canvas.
-    scales: canvas pixels per original pixel in x and y.  boxes, labels, box_mask: objects, class
-    indices and which of them exist.  image_mask: False for a slot that only fills the batch.
-    """
-
-    images: UInt8[Array, "b h w 3"]
-    sizes: Int[Array, "b 2"]
-    scales: Float[Array, "b 2"]
-    boxes: Float[Array, "b gts 4"]
-    labels: Int[Array, "b gts"]
-    box_mask: Bool[Array, "b gts"]
-    image_mask: Bool[Array, " b"]
 
 
 class Losses(NamedTuple):

@@ -95,14 +95,27 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         try:
-            return self._manager.restore(self.step, args=args)["state"]
+            state = self._manager.restore(self.step, args=args)["state"]
+            for (path, expected), found in zip(
+                jax.tree.leaves_with_path(abstract), jax.tree.leaves(state), strict=True
+            ):
+                if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+                    raise ValueError(
+                        f"{jax.tree_util.keystr(path)} is {found.dtype}{list(found.shape)}, "
+                        f"expected {expected.dtype}{list(expected.shape)}"
+                    )
         except (ValueError, KeyError) as error:
             raise ValueError(
                 f"the checkpoint {self.folder / str(self.step)} was made by another model or "
                 f"optimiser than this config's; use another --workdir, or that config: {error}"
             ) from error
+        return state
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends the use of the folder."""
+        self.wait()
         self._manager.close()

@@ -162,15 +162,26 @@ def fit(
     loaded = batches(plan, train_split, range(start, total), experiment.data)
     progress = tqdm(initial=start, total=total, desc="training", unit=" steps", smoothing=0.05)
     numbers = _Numbers(devices, log, progress, train.log_every)
+
+    def finite_copy(state: TrainState) -> TrainState:
+        """The state on the host; an update may overflow where loss and gradient do not."""
+        copy = devices.fetch_replicated(state)
+        for name, value in copy.variables.params.items():
+            if not np.isfinite(value).all():
+                raise NonFiniteLossError(f"step {int(copy.step) - 1}: {name} is not finite")
+        return copy
+
     for step in range(start, total + 1):
         if step and (step % eval_every == 0 or step == total) and not log.has("val", step):
+            numbers.settle()  # nothing is evaluated or saved that has not been found finite
             evaluation, results = evaluator(state.evaluated())
             (workdir / "results.json").write_text(json.dumps(results))
-            log.write("val", step, evaluation.metrics)
             progress.write(f"epoch {step / per_epoch:g}\n{evaluation}")
             ap = evaluation.metrics["AP"]
             if best.step is None or ap > best.about()[1]["AP"]:
-                best.save(step, devices.fetch_replicated(state), experiment, about | {"AP": ap})
+                best.save(step, finite_copy(state), experiment, about | {"AP": ap})
+                best.wait()  # an evaluation that is logged is not done again after a kill
+            log.write("val", step, evaluation.metrics)
             numbers.restart_clock()
         if step == total:
             break
@@ -180,8 +191,8 @@ def fit(
         numbers.add(step, host, scalars, per_image)
         progress.update()
         if (step + 1) % checkpoint_every == 0 or step + 1 == total:
-            numbers.settle()  # nothing is saved that has not been found finite
-            newest.save(step + 1, devices.fetch_replicated(state), experiment, about)
+            numbers.settle()
+            newest.save(step + 1, finite_copy(state), experiment, about)
     progress.close()
     log.close()
     newest.close()

@@ -74,8 +74,8 @@ class ShardMap:
 
     def replicate(self, tree: Any) -> Any:
         """A host tree on every device."""
-        # Copies: arrays that share a buffer could not be donated to the step.
-        return jax.device_put(jax.tree.map(np.array, tree), NamedSharding(self._mesh, P()))
+        # Copies, since arrays that share a buffer cannot be donated to the step.
+        return jax.device_put(tree, NamedSharding(self._mesh, P()), may_alias=False)
 
     def shard(self, tree: Any) -> Any:
         """A host tree, split over the devices by its leading axis."""

@@ -10,7 +10,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from gfl_jax.config import Train
-from gfl_jax.detectors.dense import Batch, Detector
+from gfl_jax.data.batch import Batch
+from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.postprocess import Detections
 from gfl_jax.models.network import Arrays, Network, Variables
 

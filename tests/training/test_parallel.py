@@ -29,8 +29,10 @@ MAPPINGS = {
     "shard_map of one": lambda: ShardMap(jax.local_devices()[:1]),
 }
 EIGHT = ["pmap", "shard_map"]
-# Random weights score about 0.01 everywhere: detections of every rank, from every level.
-DETECTOR = Detector(inference=Inference(score_threshold=1e-6, nms_pre=50, max_per_image=30))
+# Random weights score about 0.01 everywhere and predict the same box: all of them are kept.
+DETECTOR = Detector(
+    inference=Inference(score_threshold=1e-6, nms_iou=1.0, nms_pre=50, max_per_image=30)
+)
 # Clipped, averaged, decayed: all that a step does with a gradient.
 TRAIN = Train(batch_size=8, lr=0.1, warmup_steps=0, clip_norm=2.0, ema_decay=0.5, weight_decay=0.01)
 
@@ -186,20 +188,23 @@ def test_the_comparison_sees_counts_that_are_not_summed(linear_network, batches)
     assert difference(*states, first) > 30 * TOLERANCE
 
 
-def test_predictions_do_not_depend_on_the_devices(trainers, outcomes, batches):
-    variables = trainers["one device"].devices.fetch_replicated(
-        outcomes["one device"][0].evaluated()
-    )
+def test_predictions_do_not_depend_on_the_devices(trainers, batches):
+    variables = trainers["one device"].first.evaluated()
     found = {}
     for name, trainer in trainers.items():
         devices = trainer.devices
         predicted = trainer.predict(devices.replicate(variables), devices.shard(batches[0]))
         found[name] = devices.fetch_sharded(predicted)
     assert found["one device"].mask.shape == (8, 30)
-    assert found["one device"].mask.sum() > 80
-    for name in EIGHT:
-        for ours, expected in zip(found[name], found["one device"], strict=True):
-            np.testing.assert_array_equal(ours, expected)
+    assert found["one device"].mask.sum() > 200
+    for ours, theirs in zip(found["pmap"], found["shard_map"], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    # A batch of eight and eight of one are different programs: their last bits differ.
+    ours, expected = found["pmap"], found["one device"]
+    np.testing.assert_array_equal(ours.mask, expected.mask)
+    np.testing.assert_array_equal(ours.labels, expected.labels)
+    np.testing.assert_allclose(ours.scores, expected.scores, rtol=1e-5)
+    np.testing.assert_allclose(ours.boxes, expected.boxes, rtol=1e-5, atol=1e-4)
 
 
 class Energy:
