@@ -40,6 +40,14 @@ settings.load_profile("gfl_jax")
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--reference-dir",
+        default=str(Path(__file__).parent / "reference" / "cases"),
+        help="folder of cases computed with the PyTorch reference",
+    )
+
+
 @pytest.fixture
 def compilations():
     """A list that grows by one whenever XLA compiles something."""

@@ -102,7 +102,7 @@ class Workspace:
     def state(self, workdir, kind="checkpoints"):
         network = Network(self.experiment.model, CLASSES, Detector().box.channels)
         checkpoints = Checkpoints(workdir / kind)
-        return checkpoints.restore(abstract_state(network, self.experiment.train))
+        return checkpoints.restore(abstract_state(network, self.experiment.train), self.experiment)
 
 
 @pytest.fixture(scope="module")
@@ -242,14 +242,20 @@ def test_a_killed_run_continues_to_the_same_bits(finished, workspace):
     assert results[0] == results[1]
 
 
-def test_a_run_killed_before_its_best_was_kept_keeps_it_still(finished, workspace):
-    """The entry of an evaluation is there at once, the checkpoint a moment later."""
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_run_killed_in_its_last_evaluation_ends_as_it_would_have(finished, workspace, kept):
+    """The best checkpoint is on disk before the evaluation is logged: it may be there or not."""
     whole, _, _ = finished
-    workdir = workspace.folder / "late"
+    workdir = workspace.folder / f"late-{kept}"
     shutil.copytree(whole / "checkpoints", workdir / "checkpoints")
-    for name in ("metrics.jsonl", "results.json"):
-        shutil.copy(whole / name, workdir)
+    if kept:
+        shutil.copytree(whole / "best", workdir / "best")
+    *earlier, last = (whole / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(last)["kind"] == "val"
+    (workdir / "metrics.jsonl").write_text("".join(line + "\n" for line in earlier))
     workspace.train(workdir)
+    assert comparable(workdir) == comparable(whole)
+    assert (workdir / "results.json").read_bytes() == (whole / "results.json").read_bytes()
     assert Checkpoints(workdir / "best").step == 27
 
 
@@ -304,7 +310,7 @@ def test_an_absurd_learning_rate_stops_with_the_reason(workspace, linear_network
     assert checkpoints.step == failed
     network = linear_network(None, CLASSES, Detector().box.channels)
     experiment, _ = checkpoints.about()
-    state = checkpoints.restore(abstract_state(network, experiment.train))
+    state = checkpoints.restore(abstract_state(network, experiment.train), experiment)
     assert int(state.step) == failed
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.variables))
     assert steps_of(workdir, "train") == list(range(1, failed + 1))

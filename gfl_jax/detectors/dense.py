@@ -5,6 +5,7 @@ quality + QFL.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -122,6 +123,17 @@ class Detector:
             dfl_weight * sum w_i mean_side DFL_i / W with W = max(sum w_i, 1). N_pos counts at least
             one positive an image, as the reference does.
         """
+        shares = self.losses_per_prior(outputs, batch, global_sum)
+        per_image = {name: share.sum(1) for name, share in shares.items()}
+        return Losses({name: term.sum() for name, term in per_image.items()}, per_image)
+
+    def losses_per_prior(
+        self,
+        outputs: Outputs,
+        batch: Batch,
+        global_sum: Callable[[Array], Array] = lambda x: x,
+    ) -> dict[str, Float[Array, "b anchors"]]:
+        """What each prior adds to each term of `losses`."""
         priors = _priors_of(self.priors, outputs)
         valid = priors.valid(batch.sizes) & batch.image_mask[:, None]
         matched = assign_batch(self.assigner, priors, valid, batch.boxes, batch.box_mask)
@@ -162,24 +174,33 @@ class Detector:
         positives = jnp.maximum(positive.sum(1), 1) * batch.image_mask
         n_pos = jnp.maximum(global_sum(positives.sum()), 1)
         total_weight = jnp.maximum(global_sum(weight.sum()), 1)
-        per_image = {
-            "loss_cls": qfl.sum(1) / n_pos,
-            "loss_bbox": self.box_weight * giou.sum(1) / total_weight,
-            "loss_dfl": self.dfl_weight * dfl.sum(1) / total_weight,
+        return {
+            "loss_cls": qfl / n_pos,
+            "loss_bbox": self.box_weight * giou / total_weight,
+            "loss_dfl": self.dfl_weight * dfl / total_weight,
         }
-        return Losses({name: term.sum() for name, term in per_image.items()}, per_image)
 
     def detections(
         self, outputs: Outputs, sizes: Int[Array, "b 2"], scales: Float[Array, "b 2"]
     ) -> Detections:
         """Boxes in pixels of the original images, by descending score, a fixed number an image.
 
-        Per level the best `nms_pre` (cell, class) pairs above the threshold; decoded, clipped to
-        the image, scaled back; then class-wise NMS over all levels together.
+        The candidates, scaled back; then class-wise NMS over all levels together.
+        """
+        boxes, scores, labels = self.candidates(outputs, sizes)
+        boxes /= jnp.tile(scales, 2)[:, None]
+        return jax.vmap(functools.partial(nms, inference=self.inference))(boxes, scores, labels)
+
+    def candidates(
+        self, outputs: Outputs, sizes: Int[Array, "b 2"]
+    ) -> tuple[Float[Array, "b n 4"], Float[Array, "b n"], Int[Array, "b n"]]:
+        """Boxes (clipped to the image, canvas pixels), scores and labels before NMS.
+
+        Of each level the best `nms_pre` (cell, class) pairs, whatever their score.
         """
         priors = _priors_of(self.priors, outputs)
 
-        def one_image(cls_logits, box_logits, valid, size, scale):
+        def one_image(cls_logits, box_logits, valid, size):
             start, levels = 0, []
             for cls_level, box_level in zip(cls_logits, box_logits, strict=True):
                 cells = slice(start, start + len(cls_level))
@@ -194,10 +215,10 @@ class Detector:
                 levels.append((distances_to_boxes(center, distances * stride), score, label))
             boxes, scores, labels = (jnp.concatenate(part) for part in zip(*levels, strict=True))
             boxes = jnp.clip(boxes, 0.0, jnp.tile(size[::-1], 2).astype(boxes.dtype))
-            return nms(boxes / jnp.tile(scale, 2), scores, labels, self.inference)
+            return boxes, scores, labels
 
         cls_logits, box_logits = ([_flatten([x]) for x in part] for part in outputs)
-        return jax.vmap(one_image)(cls_logits, box_logits, priors.valid(sizes), sizes, scales)
+        return jax.vmap(one_image)(cls_logits, box_logits, priors.valid(sizes), sizes)
 
 
 def _priors_of(priors: SquareAnchors, outputs: Outputs) -> Priors:

@@ -65,7 +65,7 @@ def load_backbone(backbone_state: Mapping[tuple, Any], source: str) -> dict[tupl
         ValueError: The file cannot be read, or it is not of this backbone; every name that is
             missing, unexpected or of another shape is listed.
     """
-    arrays = read_torch_file(find_pretrained(source))
+    arrays, _ = read_torch_file(find_pretrained(source))
     loaded, report = load_state_dict(backbone_state, arrays, ignore=(r"fc\.",))
     report.raise_if_any(source)
     return loaded

@@ -147,7 +147,15 @@ class _Unpickler(pickle.Unpickler):
         return self.storages.setdefault(key, _Storage(key, _STORAGES[kind]))
 
 
-def _arrays(checkpoint: Any, read: Callable[[str], bytes], order: str) -> dict[str, np.ndarray]:
+class TorchFile(NamedTuple):
+    """arrays: the tensors by name.  meta: what mmdet keeps beside them, objects as placeholders."""
+
+    arrays: dict[str, np.ndarray]
+    meta: dict[str, Any]
+
+
+def _content(checkpoint: Any, read: Callable[[str], bytes], order: str) -> TorchFile:
+    meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
     for wrapper in ("state_dict", "model"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapper), dict):
             checkpoint = checkpoint[wrapper]
@@ -156,10 +164,11 @@ def _arrays(checkpoint: Any, read: Callable[[str], bytes], order: str) -> dict[s
     tensors = {name: value for name, value in checkpoint.items() if isinstance(value, _Tensor)}
     if checkpoint and not tensors:
         raise TypeError(f"no tensors in its dict of {', '.join(map(str, checkpoint))}")
-    return {name: value.numpy(read(value.storage.key), order) for name, value in tensors.items()}
+    arrays = {name: value.numpy(read(value.storage.key), order) for name, value in tensors.items()}
+    return TorchFile(arrays, meta if isinstance(meta, dict) else {})
 
 
-def _read_zip(file: IO[bytes]) -> dict[str, np.ndarray]:
+def _read_zip(file: IO[bytes]) -> TorchFile:
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         pickled = next((name for name in names if name.endswith("/data.pkl")), "data.pkl")
@@ -169,10 +178,10 @@ def _read_zip(file: IO[bytes]) -> dict[str, np.ndarray]:
         )
         with archive.open(pickled) as stream:
             checkpoint = _Unpickler(stream).load()
-        return _arrays(checkpoint, lambda key: archive.read(f"{root}data/{key}"), order)
+        return _content(checkpoint, lambda key: archive.read(f"{root}data/{key}"), order)
 
 
-def _read_legacy(file: IO[bytes]) -> dict[str, np.ndarray]:
+def _read_legacy(file: IO[bytes]) -> TorchFile:
     if (_Unpickler(file).load(), _Unpickler(file).load()) != _LEGACY_HEADER:
         raise pickle.UnpicklingError("no torch magic number")
     _Unpickler(file).load()  # sys_info: the storages are little-endian whatever it says
@@ -184,10 +193,10 @@ def _read_legacy(file: IO[bytes]) -> dict[str, np.ndarray]:
         data[key] = file.read(size)
         if len(data[key]) < size:
             raise EOFError(f"the storage {key!r} is cut short")
-    return _arrays(checkpoint, data.__getitem__, "little")
+    return _content(checkpoint, data.__getitem__, "little")
 
 
-def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
+def read_torch_file(path: str | Path) -> TorchFile:
     """Reads the tensors of a `.safetensors`, `.pth` or `.pt` file.
 
     PyTorch's zip format and its older non-zip format are both read, without torch and without
@@ -198,7 +207,8 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
         path: The file; only the suffix `.safetensors` matters, the two others are told by content.
 
     Returns:
-        The arrays by name, C-contiguous, of the tensors' shapes (conv kernels OIHW) and dtypes.
+        The arrays by name, C-contiguous, of the tensors' shapes (conv kernels OIHW) and dtypes, and
+        the checkpoint's `meta`: empty where there is none.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -211,7 +221,7 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         try:
             if path.suffix == ".safetensors":
-                return load_file(path)
+                return TorchFile(load_file(path), {})
             is_zip = file.peek(4).startswith(b"PK\x03\x04")
             return _read_zip(file) if is_zip else _read_legacy(file)
         except _RefusedError as error:

@@ -8,7 +8,9 @@ optimiser trains, `frozen`, pretrained stages that receive neither gradient nor 
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +117,7 @@ class Network:
         self.model = model
         self._build = functools.partial(DenseNetwork, model, num_classes, box_channels)
         network = nnx.eval_shape(lambda: self._build(rngs=nnx.Rngs(0)))
-        self._paths = [path for path, _ in nnx.to_flat_state(nnx.state(network))]
+        self.paths = [path for path, _ in nnx.to_flat_state(nnx.state(network))]
         network.train()
         self._train_graph = nnx.split(network)[0]
         network.eval()
@@ -135,13 +137,30 @@ class Network:
             FileNotFoundError: it is neither here nor to be fetched; the message says what to do.
             ValueError: its arrays are not those of this backbone; every difference is named.
         """
-        source = self.model.backbone.pretrained
+        backbone = self.model.backbone
+        source = backbone.pretrained
         if not source:
+            if backbone.norm == "frozen_bn" or backbone.frozen_stages >= 0:
+                warnings.warn(
+                    f"the backbone is random, but norm {backbone.norm!r} and frozen_stages "
+                    f"{backbone.frozen_stages} are for a pretrained one: name it as "
+                    "model.backbone.pretrained, or set norm to 'bn' or 'gn', frozen_stages to -1",
+                    stacklevel=2,
+                )
             return variables
-        arrays = variables.params | variables.frozen | variables.stats
-        paths = [path for path in self._paths if path[0] == "backbone"]
-        loaded = load_backbone({path[1:]: arrays[_dotted(path)] for path in paths}, source)
-        named = {_dotted(path): jnp.asarray(loaded[path[1:]]) for path in paths}
+        paths = self.by_path(variables).items()
+        arrays = {path[1:]: array for path, array in paths if path[0] == "backbone"}
+        loaded = load_backbone(arrays, source)
+        return self.replaced(variables, {("backbone", *path): loaded[path] for path in arrays})
+
+    def by_path(self, variables: Variables) -> dict[tuple, jax.Array]:
+        """The arrays by their paths in the Flax module, such as ('backbone', 'conv1', 'kernel')."""
+        arrays = {**variables.params, **variables.frozen, **variables.stats}
+        return {path: arrays[_dotted(path)] for path in self.paths}
+
+    def replaced(self, variables: Variables, arrays: Mapping[tuple, Any]) -> Variables:
+        """The variables with other arrays at some paths."""
+        named = {_dotted(path): jnp.asarray(array) for path, array in arrays.items()}
         return Variables(*({k: named.get(k, v) for k, v in part.items()} for part in variables))
 
     def apply(
@@ -163,11 +182,14 @@ class Network:
         Returns:
             The head's outputs and the new statistics (the old ones unless training).
         """
-        arrays = {**variables.params, **variables.frozen, **variables.stats}
-        state = nnx.from_flat_state([(path, arrays[_dotted(path)]) for path in self._paths])
-        network = nnx.merge(self._train_graph if train else self._eval_graph, state)
+        network = self.module(variables, train=train)
         outputs = network(self.normalize(images, sizes))
         return outputs, _flat(nnx.state(network, nnx.BatchStat))
+
+    def module(self, variables: Variables, *, train: bool) -> DenseNetwork:
+        """The Flax module with these arrays, for a look inside: backbone, neck and bbox_head."""
+        state = nnx.from_flat_state(list(self.by_path(variables).items()))
+        return nnx.merge(self._train_graph if train else self._eval_graph, state)
 
     def normalize(self, images: Array, sizes: Int[Array, "b 2"]) -> Float[Array, "b h w 3"]:
         """(x - mean) / std in float32, then zero in the padding, as the reference pads after it."""

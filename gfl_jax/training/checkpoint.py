@@ -80,18 +80,25 @@ class Checkpoints:
         about = dict(self._manager.restore(self.step, args=args)["about"])
         return from_dict(Experiment, about.pop("experiment")), about
 
-    def restore(self, like: Any) -> Any:
+    def restore(self, like: Any, experiment: Experiment) -> Any:
         """The newest state, on the host.
 
         Args:
             like: a state of the same structure, shapes and dtypes.
+            experiment: what will use it.
 
         Raises:
             FileNotFoundError: there is no complete checkpoint.
-            ValueError: the stored state differs from `like`: another model or optimiser.
+            ValueError: the stored state differs from `like`: another model or optimiser; or it was
+                trained with other anchors than those of `experiment`.
         """
-        if self.step is None:
-            raise FileNotFoundError(f"no complete checkpoint in {self.folder}")
+        stored, _ = self.about()
+        if stored.detector.priors != experiment.detector.priors:
+            raise ValueError(
+                f"the checkpoint {self.folder / str(self.step)} was trained with "
+                f"{stored.detector.priors}, detector.priors is {experiment.detector.priors}: its "
+                "weights fit its own anchors only"
+            )
         abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         try:

@@ -143,7 +143,7 @@ def fit(
         variables = network.load_pretrained(network.init(train.seed))
         start, state = 0, init_state(variables, optimizer, train)
     else:
-        start, state = newest.step, newest.restore(abstract_state(network, train))
+        start, state = newest.step, newest.restore(abstract_state(network, train), experiment)
         print(f"continuing from step {start} of {total} in {newest.folder}")
     state = devices.replicate(state)
     log = MetricsLog(workdir, start)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -74,8 +75,13 @@ class ShardMap:
 
     def replicate(self, tree: Any) -> Any:
         """A host tree on every device."""
-        # Copies, since arrays that share a buffer cannot be donated to the step.
-        return jax.device_put(tree, NamedSharding(self._mesh, P()), may_alias=False)
+        # Copies, since arrays that share a buffer cannot be donated to the step; device_put would
+        # share one among devices of a CPU.
+        copy = jax.jit(
+            lambda tree: jax.tree.map(jnp.copy, tree),
+            out_shardings=NamedSharding(self._mesh, P()),
+        )
+        return copy(jax.tree.map(np.asarray, tree))
 
     def shard(self, tree: Any) -> Any:
         """A host tree, split over the devices by its leading axis."""

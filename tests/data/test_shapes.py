@@ -178,13 +178,13 @@ def test_sharp_sides_match_the_pixels(sprites):
     for sprite in sprites:
         sharp = sprite.ambiguity == 0
         assert np.array_equal(sprite.box[sharp], sprite.nominal[sharp])
-        # A tip is less than a pixel wide near its end, and covers little of the pixels there.
+        # A tip is less than a pixel wide near its end, and covers little of the pixels there: one
+        # of 40 degrees that ends between two rows covers 0.18 of its last pixels.
         pointed = CLASSES[sprite.label] in ("triangle", "star")
         threshold = 0.2 if pointed and sharp.all() else 0.5
         error = OUTWARD * (sprite.nominal - pixel_box(sprite.alpha, threshold))
-        assert np.abs(error[sharp]).max(initial=0) < (
-            1.1 if threshold < 0.5 or not pointed else 2.5
-        )
+        limit = 1.1 if not pointed else 1.5 if sharp.all() else 2.5
+        assert np.abs(error[sharp]).max(initial=0) < limit
         errors[CLASSES[sprite.label]].extend(error[sharp])
     for name, error in errors.items():
         assert abs(np.median(error)) < 0.35, name
@@ -253,8 +253,8 @@ def test_sides_at_the_border_are_exact(sprites):
 
 
 def test_scenes(scenes):
-    counts = np.bincount([len(found) for _, found in scenes], minlength=7)
-    assert counts[0] > 0 and counts[-1] > 0 and len(counts) == shapes.MAX_SHAPES + 1
+    counts = np.bincount([len(found) for _, found in scenes], minlength=1)
+    assert counts[0] > 0 and len(counts) == shapes.MAX_SHAPES + 1
     found = [shape for _, scene in scenes for shape in scene]
     assert {shape.label for shape in found} == set(range(len(CLASSES)))
     assert min(shape.visible for shape in found) >= shapes.MIN_VISIBLE

@@ -58,7 +58,7 @@ WRITERS = pytest.mark.parametrize("write", [write_zip, write_legacy])
 @WRITERS
 def test_handmade_checkpoint(tmp_path, write):
     write(tmp_path / "x.pth", mapping(state_dict=mapping(w=tensor(), n=op(3)), meta=op({"a": 1})))
-    (name, array), *rest = read_torch_file(tmp_path / "x.pth").items()
+    (name, array), *rest = read_torch_file(tmp_path / "x.pth").arrays.items()
     assert (name, rest) == ("w", [])
     np.testing.assert_array_equal(array, DATA.reshape(2, 3), strict=True)
     assert array.flags.c_contiguous and array.flags.writeable
@@ -68,14 +68,18 @@ def test_handmade_checkpoint(tmp_path, write):
 def test_byteorder(tmp_path, order, swapped):
     data = DATA.astype(">f4" if swapped else "<f4").tobytes()
     write_zip(tmp_path / "x.pth", mapping(w=tensor()), data, order)
-    np.testing.assert_array_equal(read_torch_file(tmp_path / "x.pth")["w"], DATA.reshape(2, 3))
+    np.testing.assert_array_equal(
+        read_torch_file(tmp_path / "x.pth").arrays["w"], DATA.reshape(2, 3)
+    )
 
 
 @WRITERS
 def test_python2_strings_and_parameters(tmp_path, write):
     parameter = call("torch.nn.parameter.Parameter", tensor()) + op((True, False, None)) + b"b"
     write(tmp_path / "x.pth", b"}(U\x01w" + parameter + b"u")
-    np.testing.assert_array_equal(read_torch_file(tmp_path / "x.pth")["w"], DATA.reshape(2, 3))
+    np.testing.assert_array_equal(
+        read_torch_file(tmp_path / "x.pth").arrays["w"], DATA.reshape(2, 3)
+    )
 
 
 @WRITERS
@@ -94,7 +98,9 @@ def test_mmengine_checkpoint(tmp_path, write):
             state_dict=mapping(w=tensor()),
         ),
     )
-    assert list(read_torch_file(tmp_path / "x.pth")) == ["w"]
+    arrays, meta = read_torch_file(tmp_path / "x.pth")
+    assert list(arrays) == ["w"]
+    assert meta["classes"] == ("a", "b")
 
 
 class Evil:
@@ -188,7 +194,7 @@ def test_size_cannot_change_after_the_check(tmp_path):
     # The size is a list, memoised (q), and changed once the tensor exists.
     late = tensor(size="SIZE").replace(op("SIZE"), op([2, 3]) + b"q\xee")
     write_zip(tmp_path / "x.pth", mapping(w=late, x=b"h\xee" + op(9) + b"a"))
-    assert read_torch_file(tmp_path / "x.pth")["w"].shape == (2, 3)
+    assert read_torch_file(tmp_path / "x.pth").arrays["w"].shape == (2, 3)
 
 
 def test_placeholders_cannot_be_modified(tmp_path):
@@ -197,7 +203,7 @@ def test_placeholders_cannot_be_modified(tmp_path):
         write_zip(
             tmp_path / "x.pth", mapping(w=tensor(), x=target + op((None, {"numpy": 1})) + b"b")
         )
-        assert read_torch_file(tmp_path / "x.pth")["w"].shape == (2, 3)
+        assert read_torch_file(tmp_path / "x.pth").arrays["w"].shape == (2, 3)
 
 
 @WRITERS
@@ -236,8 +242,8 @@ def test_missing(tmp_path):
 def test_safetensors(tmp_path):
     arrays = {"a.weight": DATA.reshape(2, 3), "b": np.ones((), ml_dtypes.bfloat16)}
     save_file(arrays, tmp_path / "x.safetensors")
-    read = read_torch_file(str(tmp_path / "x.safetensors"))
-    assert read.keys() == arrays.keys()
+    read, meta = read_torch_file(str(tmp_path / "x.safetensors"))
+    assert read.keys() == arrays.keys() and meta == {}
     for name in arrays:
         np.testing.assert_array_equal(read[name], arrays[name], strict=True)
 
@@ -250,7 +256,7 @@ ZIP = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 def read_back(path, content, new):
     torch = pytest.importorskip("torch")
     torch.save(content, path, _use_new_zipfile_serialization=new)
-    return read_torch_file(path)
+    return read_torch_file(path).arrays
 
 
 def check(read, tensors):

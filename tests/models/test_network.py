@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,9 @@ QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 @functools.cache
-def tiny(norm="frozen_bn", dtype="float32", **backbone):
+def tiny(norm="frozen_bn", dtype="float32", width=8, **backbone):
     """A network of 64 x 64 pixels that is compiled in seconds."""
-    backbone = Backbone(depth=18, width=8, norm=norm, **backbone)
+    backbone = Backbone(depth=18, width=width, norm=norm, **backbone)
     model = Model(backbone, fpn_width=32, head_width=32, stacked_convs=1, dtype=dtype)
     return Network(model, CLASSES, BOX_CHANNELS)
 
@@ -256,7 +257,7 @@ def test_batch_norm_statistics_move_in_training():
 
 @pytest.mark.parametrize(("norm", "train"), [("bn", False), ("frozen_bn", True)])
 def test_statistics_stay_in_evaluation_and_when_frozen(norm, train):
-    network = tiny(norm)
+    network = tiny(norm, frozen_stages=-1)
     variables = random_variables(network)
     # Without the outputs nothing is left to compute.
     run = jax.jit(lambda variables, images: network.apply(variables, images, SIZES, train=train)[1])
@@ -293,10 +294,16 @@ def test_pretrained_arrays_take_their_places(tmp_path):
     assert any(name.startswith("backbone.") for name in loaded.params)
 
 
-def test_without_a_pretrained_file_nothing_changes():
-    network = tiny()
+@pytest.mark.parametrize(("norm", "stages"), [("bn", -1), ("gn", -1), ("gn", 0), ("frozen_bn", -1)])
+def test_without_a_pretrained_file_nothing_changes(norm, stages):
+    network = tiny(norm, width=32, frozen_stages=stages)
     variables = abstract(network)
-    assert network.load_pretrained(variables) == variables
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert network.load_pretrained(variables) == variables
+    assert ["backbone is random" in str(warning.message) for warning in caught] == [True] * (
+        norm == "frozen_bn" or stages >= 0
+    )
 
 
 def test_a_file_of_another_network_names_the_keys(tmp_path):

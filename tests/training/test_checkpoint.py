@@ -14,7 +14,9 @@ import optax
 import pytest
 
 from gfl_jax.config import Experiment, Train, from_dict, load_experiment, to_dict
+from gfl_jax.detectors.dense import Detector
 from gfl_jax.models.network import Variables
+from gfl_jax.priors import SquareAnchors
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.step import init_state, sgd
 
@@ -65,7 +67,7 @@ def test_a_state_comes_back_bit_by_bit(tmp_path, ema_decay):
     saved(tmp_path / "c", [5], ema_decay=ema_decay)
     expected = state_of(5, ema_decay)
     like = jax.eval_shape(lambda: state_of(0, ema_decay))
-    found = Checkpoints(tmp_path / "c").restore(like)
+    found = Checkpoints(tmp_path / "c").restore(like, Experiment())
     assert_same_bits(found, expected)
     assert int(found.step) == 5
 
@@ -95,7 +97,7 @@ def test_a_step_that_exists_is_left_as_it_is(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     checkpoints.save(3, state_of(9), Experiment(), INFO)
     checkpoints.close()
-    assert_same_bits(Checkpoints(tmp_path / "c").restore(state_of()), state_of(3))
+    assert_same_bits(Checkpoints(tmp_path / "c").restore(state_of(), Experiment()), state_of(3))
 
 
 def test_what_a_killed_save_leaves_is_no_checkpoint(tmp_path):
@@ -129,7 +131,7 @@ def test_what_a_killed_save_leaves_is_no_checkpoint(tmp_path):
     assert found.step == 1
     small = np.random.default_rng(1).random(1 << 10)
     np.testing.assert_array_equal(
-        found.restore({"x": np.empty(1 << 25)})["x"], np.resize(small, 1 << 25)
+        found.restore({"x": np.empty(1 << 25)}, Experiment())["x"], np.resize(small, 1 << 25)
     )
     # The step can be saved after all.
     again = Checkpoints(folder, keep=2)
@@ -165,14 +167,22 @@ def test_a_folder_under_a_temporary_name_is_no_checkpoint(tmp_path, name):
 def test_a_checkpoint_of_another_model_is_named(tmp_path, changes):
     folder = saved(tmp_path / "c", [5])
     with pytest.raises(ValueError, match="another model or") as error:
-        Checkpoints(folder).restore(state_of(**changes))
+        Checkpoints(folder).restore(state_of(**changes), Experiment())
     assert str(folder / "5") in str(error.value)
+
+
+def test_weights_are_not_used_with_other_anchors(tmp_path):
+    """Weights trained with centres on corners lose AP with centres in the middle, silently."""
+    folder = saved(tmp_path / "c", [5])
+    middle = Experiment(detector=Detector(priors=SquareAnchors(center_offset=0.5)))
+    with pytest.raises(ValueError, match=r"center_offset=0\.0.*center_offset=0\.5"):
+        Checkpoints(folder).restore(state_of(), middle)
 
 
 def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c")
     assert checkpoints.step is None
-    for read in (checkpoints.about, lambda: checkpoints.restore(state_of())):
+    for read in (checkpoints.about, lambda: checkpoints.restore(state_of(), Experiment())):
         with pytest.raises(FileNotFoundError, match=str(tmp_path / "c")):
             read()
 

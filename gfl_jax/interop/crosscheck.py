@@ -1,0 +1,225 @@
+"""Both programs on the same images.
+
+    python -m gfl_jax.interop.crosscheck IMAGE... --checkpoint X.pth
+
+Compares this project with mmdetection stage by stage, from the network's input to the detections,
+prints a table and exits with status 1 where they differ. Without mmdetection it compares with the
+plain PyTorch model of this repository's tests, and says so.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from gfl_jax.data import images as pixels
+from gfl_jax.detectors.dense import Detector
+from gfl_jax.detectors.postprocess import Inference
+from gfl_jax.interop import mmdet_stages
+from gfl_jax.interop.convert import read_detector, state_dict
+from gfl_jax.interop.stages import Stages, make_batch, stages
+from gfl_jax.models.network import Model
+
+PLAIN = Path(__file__).parents[2] / "tests" / "torch_gfl.py"
+
+TOLERANCE = {"input": 1e-6, "backbone": 1e-4, "feature": 1e-4, "head": 1e-4, "loss": 1e-4}
+"""Relative to the largest value of the reference, float32."""
+PIXELS, SCORES, MARGIN = 0.05, 1e-4, 1e-5
+"""Detections: boxes, scores, and how near a threshold or cut a score may go either way."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table; `where` the first element out of tolerance, empty if there is none."""
+
+    stage: str
+    absolute: float
+    relative: float
+    tolerance: float
+    where: str = ""
+
+
+def settings(model: Model, detector: Detector, num_classes: int) -> dict[str, Any]:
+    """What the other program has to know, as JSON."""
+    return {
+        "depth": model.backbone.depth,
+        "width": model.backbone.width,
+        "fpn_width": model.fpn_width,
+        "head_width": model.head_width,
+        "stacked_convs": model.stacked_convs,
+        "mean": model.mean,
+        "std": model.std,
+        "num_classes": num_classes,
+        "anchor_scale": detector.priors.scale,
+        "center_offset": detector.priors.center_offset,
+        "strides": detector.priors.strides,
+        "topk": detector.assigner.topk,
+        "n": detector.box.n,
+        "delta": detector.box.delta,
+        "beta": detector.classification.beta,
+        "box_weight": detector.box_weight,
+        "dfl_weight": detector.dfl_weight,
+        "score_threshold": detector.inference.score_threshold,
+        "nms_pre": detector.inference.nms_pre,
+        "nms_iou": detector.inference.nms_iou,
+        "max_per_image": detector.inference.max_per_image,
+    }
+
+
+def run_reference(job: dict[str, Any], python: str) -> tuple[str, Stages]:
+    """The stages of the other program, and its name.
+
+    Args:
+        job: arrays of the job, see `mmdet_stages`.
+        python: interpreter of the environment that mmdetection is in.
+
+    Raises:
+        RuntimeError: it fails; the message is its own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = [str(Path(folder) / name) for name in ("job.npz", "out.npz")]
+        np.savez(files[0], **job)
+
+        def run(program: Path, interpreter: str) -> int:
+            command = [interpreter, str(program), *files]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode not in (0, mmdet_stages.MISSING):
+                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+            return done.returncode
+
+        name = "mmdetection"
+        if run(Path(mmdet_stages.__file__), python) == mmdet_stages.MISSING:
+            if not PLAIN.is_file():
+                raise RuntimeError(f"mmdetection is not installed for {python}, and no {PLAIN}")
+            name = "the plain PyTorch model of tests/ (mmdetection is not installed)"
+            run(PLAIN, sys.executable)
+        with np.load(files[1]) as out:
+            return name, dict(out)
+
+
+def compare(ours: Stages, theirs: Stages, inference: Inference) -> list[Row]:
+    """A row for each stage of the reference, in its order."""
+    rows = []
+    for name, expected in theirs.items():
+        if name.startswith("det."):
+            continue
+        found, tolerance = np.asarray(ours[name], np.float64), TOLERANCE[name.split(".")[0]]
+        if found.shape != expected.shape:
+            shapes = f"shape {found.shape}, expected {expected.shape}"
+            rows.append(Row(name, np.inf, np.inf, tolerance, shapes))
+            continue
+        difference, largest = np.abs(found - expected), np.abs(expected).max(initial=1e-12)
+        bad = ~(difference / largest <= tolerance)
+        where = ""
+        if bad.any():
+            index = tuple(int(i) for i in np.argwhere(bad)[0])
+            where = f"{list(index)}: {found[index]:.6g}, expected {expected[index]:.6g}"
+        absolute = float(difference.max(initial=0))
+        rows.append(Row(name, absolute, float(absolute / largest), tolerance, where))
+    count = sum(name.startswith("det.boxes.") for name in theirs)
+    return rows + [_compare_detections(ours, theirs, i, inference) for i in range(count)]
+
+
+def _compare_detections(ours: Stages, theirs: Stages, i: int, inference: Inference) -> Row:
+    """Detections of image i: one to one, but for those whose score is at a threshold or cut."""
+    parts = ("boxes", "scores", "labels")
+    boxes, scores, labels = (ours[f"det.{part}.{i}"] for part in parts)
+    their_boxes, their_scores, their_labels = (theirs[f"det.{part}.{i}"] for part in parts)
+    free = np.ones(len(scores), bool)
+    pixel = 0.0
+    unmatched: list[tuple[float, str]] = []
+    for box, score, label in zip(their_boxes, their_scores, their_labels, strict=True):
+        distance = np.abs(boxes - box).max(1, initial=0)
+        same = free & (labels == label) & (np.abs(scores - score) <= SCORES)
+        nearest = int(np.argmin(np.where(same, distance, np.inf))) if len(scores) else 0
+        if same.any() and distance[nearest] <= PIXELS:
+            free[nearest] = False
+            pixel = max(pixel, float(distance[nearest]))
+        else:
+            unmatched.append((float(score), f"no class {label} of score {score:.5f} at {box}"))
+    unmatched += [(float(s), f"one more of score {s:.5f}") for s in scores[free]]
+    full = len(their_scores) == inference.max_per_image
+    cut = float(their_scores[-1]) if full else inference.score_threshold
+    wrong = [text for score, text in unmatched if abs(score - cut) > MARGIN]
+    relative = pixel / float(np.abs(their_boxes).max(initial=1))
+    return Row(f"detections of image {i}", pixel, relative, PIXELS, "; ".join(wrong[:1]))
+
+
+def print_table(rows: list[Row]) -> None:
+    """The table, and the first stage that is out of tolerance."""
+    print(f"{'stage':<26}{'max abs':>12}{'relative':>12}{'tolerance':>12}")
+    for row in rows:
+        unit = " px" if row.stage.startswith("detections") else ""
+        mark = f"  DIFFERS at {row.where}" if row.where else ""
+        print(
+            f"{row.stage:<26}{row.absolute:>12.2e}{row.relative:>12.2e}"
+            f"{row.tolerance:>12.0e}{unit}{mark}"
+        )
+    first = next((row.stage for row in rows if row.where), None)
+    print(f"first difference: {first}" if first else "all stages agree")
+
+
+def main(
+    files: tyro.conf.Positional[tuple[Path, ...]],
+    checkpoint: Path,
+    scale: tuple[int, int] = (1333, 800),
+    python: str = sys.executable,
+    config: str = "",
+) -> int:
+    """Compares this project with mmdetection on the same weights and images.
+
+    Args:
+        files: images, one or more.
+        checkpoint: .pth of a detector.
+        scale: (long, short) sides that images are resized to fit.
+        python: interpreter of the environment that mmdetection is in.
+        config: config of the model, where the arrays alone do not tell it.
+
+    Returns:
+        0 where all stages agree, 1 otherwise.
+    """
+    if not files:
+        raise ValueError("name at least one image")
+    experiment, network, variables = read_detector(checkpoint, config)
+    detector = dataclasses.replace(
+        experiment.detector,
+        inference=dataclasses.replace(experiment.detector.inference, padding_predicts=True),
+    )
+    num_classes = len(variables.params["bbox_head.gfl_cls.bias"])
+    rng = np.random.default_rng(0)
+    resized, boxes, labels = [], [], []
+    for file in files:
+        image = pixels.decode(file.read_bytes(), name=str(file))
+        image, _ = pixels.resize_keep_ratio(image, *scale)
+        # Losses need objects; any will do.
+        corners = rng.uniform(0, 1, (6, 2, 2)) * image.shape[1::-1]
+        resized.append(image)
+        boxes.append(np.concatenate([corners.min(1), corners.max(1) + 1], 1).astype(np.float32))
+        labels.append(rng.integers(0, num_classes, 6).astype(np.int32))
+    batch = make_batch(resized, boxes, labels)
+    job = {
+        "images": batch.images,
+        "sizes": batch.sizes,
+        "config": json.dumps(settings(experiment.model, detector, num_classes)),
+        **{f"boxes.{i}": b for i, b in enumerate(boxes)},
+        **{f"labels.{i}": b for i, b in enumerate(labels)},
+        **{f"param.{k}": v for k, v in state_dict(network, variables, detector).items()},
+    }
+    name, theirs = run_reference(job, python)
+    print(f"{checkpoint} on {len(files)} images, compared with {name}")
+    rows = compare(stages(network, detector, variables, batch), theirs, detector.inference)
+    print_table(rows)
+    return int(any(row.where for row in rows))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(tyro.cli(main, description=__doc__))
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        sys.exit(f"\nerror: {error}")

@@ -1,0 +1,241 @@
+"""PyTorch checkpoints in and out, strictly and bit by bit."""
+
+import dataclasses
+import json
+import pickle
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from gfl_jax.config import Experiment
+from gfl_jax.detectors.dense import Detector, GeneralDistribution
+from gfl_jax.interop import convert
+from gfl_jax.interop.names import torch_name
+from gfl_jax.models.network import Backbone, Model, Network
+from gfl_jax.training.checkpoint import Checkpoints
+from gfl_jax.training.loop import abstract_state
+
+NAMES = ["cat", "dog", "owl"]
+
+
+def small(depth=18, width=8, n=4, delta=1.0, stacked_convs=1):
+    model = Model(Backbone(depth, width), 32, 32, stacked_convs)
+    return Experiment(model, Detector(box=GeneralDistribution(n, delta)))
+
+
+def random_state_dict(experiment, seed=0):
+    """A detector's state dict in torch's names and layout, in numbers of every kind."""
+    network = Network(experiment.model, len(NAMES), experiment.detector.box.channels)
+    rng = np.random.default_rng(seed)
+    abstract = jax.eval_shape(lambda: network.init(0))
+    variables = network.replaced(
+        abstract,
+        {
+            path: np.asarray(rng.normal(size=array.shape), np.float32)
+            for path, array in network.by_path(abstract).items()
+        },
+    )
+    return convert.state_dict(network, variables, experiment.detector)
+
+
+@pytest.fixture
+def annotations(tmp_path):
+    file = tmp_path / "instances.json"
+    categories = [{"id": 9 - i, "name": name} for i, name in enumerate(reversed(NAMES))]
+    file.write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+    return str(file)
+
+
+def restored(folder):
+    checkpoints = Checkpoints.find(folder)
+    experiment, about = checkpoints.about()
+    names = about["category_names"]
+    network = Network(experiment.model, len(names), experiment.detector.box.channels)
+    state = checkpoints.restore(abstract_state(network, experiment.train), experiment)
+    return network, state, experiment, about
+
+
+@pytest.mark.parametrize("delta", [1.0, 0.5])
+def test_a_detector_becomes_a_checkpoint_of_step_0(tmp_path, annotations, delta):
+    expected = random_state_dict(small(delta=delta))
+    save_file(expected, tmp_path / "x.safetensors")
+    convert.main(tmp_path / "x.safetensors", tmp_path / "run", annotations=annotations)
+    network, state, experiment, about = restored(tmp_path / "run")
+    assert int(state.step) == 0
+    assert experiment.model == small().model and experiment.detector == small(delta=delta).detector
+    assert about == {"category_ids": [7, 8, 9], "category_names": NAMES}
+    found = convert.state_dict(network, state.variables, experiment.detector)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, strict=True)
+    for momentum in jax.tree.leaves(state.optimizer):
+        assert not np.any(momentum)
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101])
+def test_sizes_are_told_from_the_arrays(depth):
+    experiment = small(depth, width=16, n=7, delta=2.0, stacked_convs=3)
+    network = Network(experiment.model, len(NAMES), experiment.detector.box.channels)
+    abstract = jax.eval_shape(lambda: network.init(0))
+    arrays = {
+        torch_name(path): np.broadcast_to(
+            np.float32(0), (x.shape[3], x.shape[2], *x.shape[:2]) if len(x.shape) == 4 else x.shape
+        )
+        for path, x in network.by_path(abstract).items()
+    } | {"bbox_head.integral.project": 2.0 * np.arange(8)}
+    assert convert.infer_experiment(arrays) == (experiment, len(NAMES))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("neck.fpn_convs.3.conv.bias"), r"missing.*\n.*neck.fpn_convs.3.conv.bias"),
+        (lambda a: a.update({"more.w": np.zeros(3)}), r"unexpected.*\n.*more.w"),
+        (
+            lambda a: a.update({"backbone.bn1.bias": np.zeros(5, np.float32)}),
+            r"shape.*\n.*backbone.bn1.bias: model \(8,\), file \(5,\)",
+        ),
+        (lambda a: a.pop("bbox_head.gfl_reg.weight"), "gfl_reg.weight is missing"),
+        (lambda a: a.pop("bbox_head.gfl_cls.weight"), "no detector of this project"),
+        (lambda a: a.pop("backbone.layer3.1.conv1.weight"), "layer3.1.conv1.weight"),
+        (
+            lambda a: [a.pop(k) for k in list(a) if k.startswith("backbone.layer4.1.")],
+            r"stages of \[2, 2, 2, 1\] blocks",
+        ),
+    ],
+)
+def test_every_difference_is_named_and_nothing_is_written(tmp_path, annotations, change, message):
+    arrays = random_state_dict(small())
+    change(arrays)
+    save_file(arrays, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=message):
+        convert.main(tmp_path / "x.safetensors", tmp_path / "run", annotations=annotations)
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_of_old_versions():
+    old = ["fcos_cls.weight", "fcos_reg.bias", "fcos_centerness.weight", "fovea_cls.bias"]
+    new = ["conv_cls.weight", "conv_reg.bias", "conv_centerness.weight", "conv_cls.bias"]
+    array = np.zeros(1)
+    for before, after in zip(old, new, strict=True):
+        assert list(convert.modern_names({f"bbox_head.{before}": array})) == [f"bbox_head.{after}"]
+    for place in ("backbone", "bbox_head"):
+        assert list(convert.modern_names({f"{place}.l2_norm.weight": array})) == [
+            "neck.l2_norm.weight"
+        ]
+    arrays = random_state_dict(small())
+    assert convert.modern_names(arrays).keys() == arrays.keys()
+
+
+def test_a_backbone_gets_a_random_neck_and_head(tmp_path, annotations):
+    arrays = {
+        name.removeprefix("backbone."): array
+        for name, array in random_state_dict(small(width=64)).items()
+        if name.startswith("backbone.")
+    }
+    arrays |= {"fc.weight": np.zeros((10, 512), np.float32), "fc.bias": np.zeros(10, np.float32)}
+    save_file(arrays, tmp_path / "r18.safetensors")
+    config = tmp_path / "config.py"
+    config.write_text(
+        "import dataclasses\nfrom gfl_jax.config import Experiment\n"
+        "from gfl_jax.models.network import Backbone, Model\n"
+        "experiment = Experiment(Model(Backbone(18), 32, 32, 1))\n"
+    )
+    convert.main(
+        tmp_path / "r18.safetensors", tmp_path / "run", str(config), annotations=annotations
+    )
+    network, state, experiment, _ = restored(tmp_path / "run")
+    assert experiment.model == Model(Backbone(18), 32, 32, 1)
+    found = convert.state_dict(network, state.variables, experiment.detector)
+    for name, array in arrays.items():
+        if not name.startswith("fc."):
+            np.testing.assert_array_equal(found[f"backbone.{name}"], array)
+    kernel = found["bbox_head.gfl_reg.weight"]
+    assert 0.005 < kernel.std() < 0.02
+
+
+def test_classes_must_be_known_and_as_many(tmp_path, annotations):
+    save_file(random_state_dict(small()), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="--annotations"):
+        convert.main(tmp_path / "x.safetensors", tmp_path / "run")
+    two = json.loads((tmp_path / "instances.json").read_text())
+    two["categories"].pop()
+    (tmp_path / "instances.json").write_text(json.dumps(two))
+    with pytest.raises(ValueError, match="has 3 classes, the categories given are 2"):
+        convert.main(tmp_path / "x.safetensors", tmp_path / "run", annotations=annotations)
+
+
+class Evil:
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+def test_a_file_that_holds_code_is_refused(tmp_path, annotations):
+    with zipfile.ZipFile(tmp_path / "evil.pth", "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps({"state_dict": Evil(tmp_path / "executed")}))
+    with pytest.raises(ValueError, match=r"refused: it names the global '.*open'"):
+        convert.main(tmp_path / "evil.pth", tmp_path / "run", annotations=annotations)
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------- with torch
+
+
+@pytest.mark.parametrize("classes", ["CLASSES", "dataset_meta"])
+def test_a_round_trip_keeps_every_bit(tmp_path, classes):
+    torch = pytest.importorskip("torch")
+    expected = random_state_dict(small())
+    meta = {"CLASSES": NAMES} if classes == "CLASSES" else {"dataset_meta": {"classes": NAMES}}
+    state_dict = {k: torch.from_numpy(v) for k, v in expected.items()}
+    torch.save({"state_dict": state_dict, "meta": meta}, tmp_path / "in.pth")
+    convert.main(tmp_path / "in.pth", tmp_path / "run")
+    convert.main(tmp_path / "run", tmp_path / "out.pth")
+    written = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert written["state_dict"].keys() == expected.keys()
+    for name, array in expected.items():
+        found = written["state_dict"][name].numpy()
+        assert (found.dtype, found.shape) == (array.dtype, array.shape)
+        assert found.tobytes() == array.tobytes()
+    assert written["meta"]["dataset_meta"]["classes"] == tuple(NAMES)
+
+    # What was written comes in again with its experiment, whatever the arrays alone tell.
+    convert.main(tmp_path / "out.pth", tmp_path / "again")
+    assert restored(tmp_path / "again")[2:] == restored(tmp_path / "run")[2:]
+
+
+def test_the_experiment_travels_with_the_file(tmp_path, annotations):
+    pytest.importorskip("torch")
+    experiment = small(delta=0.5)
+    detector = dataclasses.replace(experiment.detector, dfl_weight=0.5)
+    save_file(random_state_dict(experiment), tmp_path / "x.safetensors")
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from gfl_jax.config import *\nfrom gfl_jax.detectors.dense import *\n"
+        "from gfl_jax.models.network import *\n"
+        "experiment = Experiment(Model(Backbone(18, 8), 32, 32, 1), "
+        "Detector(box=GeneralDistribution(4, 0.5), dfl_weight=0.5))\n"
+    )
+    convert.main(tmp_path / "x.safetensors", tmp_path / "a", str(config), annotations)
+    convert.main(tmp_path / "a", tmp_path / "x.pth")
+    convert.main(tmp_path / "x.pth", tmp_path / "b")
+    assert restored(tmp_path / "b")[2].detector == detector
+
+
+def test_nothing_is_overwritten(tmp_path, annotations):
+    pytest.importorskip("torch")
+    save_file(random_state_dict(small()), tmp_path / "x.safetensors")
+    convert.main(tmp_path / "x.safetensors", tmp_path / "run", annotations=annotations)
+    with pytest.raises(ValueError, match="already holds checkpoints"):
+        convert.main(tmp_path / "x.safetensors", tmp_path / "run", annotations=annotations)
+    (tmp_path / "mine.pth").write_text("precious")
+    with pytest.raises(ValueError, match="exists"):
+        convert.main(tmp_path / "run", tmp_path / "mine.pth")
+    assert (tmp_path / "mine.pth").read_text() == "precious"
+    with pytest.raises(ValueError, match=r"DST must be a .pth"):
+        convert.main(tmp_path / "run", tmp_path / "other")

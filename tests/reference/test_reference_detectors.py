@@ -1,0 +1,190 @@
+"""Every quantity of every stored detector, from its parameters to ten optimiser steps."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from detector_case import Found, match
+
+from gfl_jax.config import Train
+from gfl_jax.interop.stages import torch_arrays
+from gfl_jax.training.parallel import AXIS, Pmap
+from gfl_jax.training.step import init_state, learning_rate, make_train_step, sgd
+
+LEVELS = [f"P{k}" for k in range(3, 8)]
+MARGIN = 1e-5
+"""Scores this close to a threshold, to a cut or to each other may go either way."""
+
+
+def statistics(x):
+    """Mean, standard deviation and largest absolute value of each image."""
+    x = np.asarray(x, np.float64).reshape(len(x), -1)
+    return np.stack([x.mean(1), x.std(1), np.abs(x).max(1)], 1)
+
+
+def compare_statistics(compare, case, name):
+    theirs = case[f"{name}.stats"]
+    ours = statistics(case.stages[name])
+    # A mean of values of both signs is judged by the size of the values.
+    compare(name.split(".")[0] + ".stats", ours, theirs, 1e-4, scale=theirs.max(1, keepdims=True))
+
+
+def test_parameters(detector_case, compare):
+    arrays = [
+        detector_case.state_dict[str(n)].astype(np.float64) for n in detector_case["param.names"]
+    ]
+    norms = np.array([np.linalg.norm(a.ravel()) for a in arrays])
+    compare("param.norm", norms, detector_case["param.norm"], 1e-6)
+    sums, size = np.array([a.sum() for a in arrays]), np.array([np.abs(a).sum() for a in arrays])
+    compare("param.sum", sums, detector_case["param.sum"], 1e-6, scale=size)
+
+
+def test_input(detector_case, compare):
+    compare_statistics(compare, detector_case, "input")
+    assert detector_case.stages["input"].shape == tuple(detector_case["input.batch_shape"])
+    padded = -(-np.asarray(detector_case.batch.sizes) // 32) * 32
+    np.testing.assert_array_equal(padded, detector_case["input.pad_shape"])
+
+
+def test_features(detector_case, compare):
+    for i in range(4):
+        compare_statistics(compare, detector_case, f"backbone.{i}")
+    for level in LEVELS:
+        name = f"feature.{level}"
+        compare_statistics(compare, detector_case, name)
+        if name in detector_case.stored:
+            compare("feature", detector_case.stages[name][0], detector_case[name], 1e-4)
+
+
+@pytest.mark.parametrize("branch", ["cls", "box"])
+def test_head(detector_case, compare, branch):
+    for level in LEVELS:
+        name = f"head.{branch}.{level}"
+        compare_statistics(compare, detector_case, name)
+        images = detector_case.meta["head_images"]
+        step = detector_case.meta["head_stride"].get(f"{branch}.{level}", 1)
+        ours = detector_case.stages[name][:images, :, ::step, ::step]
+        compare(f"head.{branch}", ours, detector_case[name], 1e-4)
+
+
+def test_assignment(detector_case, compare):
+    for key in ("gt", "labels", "weight", "num_pos"):
+        name = f"assign.{key}"
+        wrong = np.count_nonzero(detector_case.stages[name] != detector_case[name])
+        compare.record(name, wrong, 0)
+    ours = detector_case.stages["assign.box_targets"]
+    compare("assign.box_targets", ours, detector_case["assign.box_targets"], 1e-6)
+    assert detector_case["assign.num_pos"].sum() > 0 or not np.any(detector_case.batch.box_mask)
+
+
+def test_losses(detector_case, compare):
+    names = [key for key in detector_case.keys("loss.") if not key.startswith("loss.total")]
+    assert {"loss.loss_cls", "loss.loss_bbox", "loss.loss_dfl"} <= set(names)
+    for name in [*names, "loss.total"]:
+        compare(name, detector_case.stages[name], detector_case[name], 1e-4)
+
+
+def test_gradients(detector_case, compare):
+    gradients = detector_case.gradients
+    names = [str(name) for name in detector_case["gradnorm.names"]]
+    assert set(names) == set(gradients)
+    norms = np.array([np.linalg.norm(gradients[n].astype(np.float64).ravel()) for n in names])
+    theirs, total = detector_case["gradnorm.norm"], detector_case["gradnorm.total"]
+    # Gradients that cancel nearly to nothing are judged by the whole.
+    compare("gradnorm", norms, theirs, 5e-3, scale=np.maximum(theirs, 1e-4 * total))
+    compare("gradnorm.total", np.linalg.norm(norms), total, 5e-3)
+    for key in detector_case.keys("grad."):
+        compare(key, gradients[key.removeprefix("grad.")], detector_case[key], 3e-2)
+
+
+@pytest.mark.parametrize("kind", ["raw", "det"])
+def test_detections(detector_case, compare, kind):
+    inference = detector_case.detector.inference
+    threshold, most = inference.score_threshold, inference.max_per_image
+    for i in range(len(detector_case.keys("images."))):
+        ours, theirs = (
+            Found(*(source[f"{kind}.{part}.{i}"] for part in ("boxes", "scores", "labels")))
+            for source in (detector_case.stages, detector_case)
+        )
+        matches = match(ours, theirs, pixels=0.05, score=1e-4)
+        extra = np.setdiff1d(np.arange(len(ours.scores)), matches)
+        marginal = [threshold]
+        if kind == "det" and len(theirs.scores) == most:
+            marginal.append(theirs.scores[-1])
+        for score in [*theirs.scores[matches < 0], *ours.scores[extra]]:
+            assert min(abs(score - margin) for margin in marginal) < MARGIN, f"image {i}: {score}"
+        compare.record(f"{kind}.unmatched", np.sum(matches < 0) + len(extra), np.inf)
+
+        pairs = np.flatnonzero(matches >= 0)
+        found = matches[pairs]
+        if not len(pairs):
+            continue
+        compare.record(
+            f"{kind}.boxes px", np.abs(ours.boxes[found] - theirs.boxes[pairs]).max(), 0.05
+        )
+        compare.record(
+            f"{kind}.scores", np.abs(ours.scores[found] - theirs.scores[pairs]).max(), 1e-4
+        )
+        if kind == "det":
+            first, second = np.triu_indices(len(pairs), 1)
+            swapped = found[first] > found[second]
+            gap = theirs.scores[pairs[first]] - theirs.scores[pairs[second]]
+            assert np.all(gap[swapped] < MARGIN), f"image {i}: in another order"
+
+
+def test_trajectory(detector_case, compare):
+    """Ten steps of the project's own train step on the fixed batch."""
+    plan = detector_case.meta["trajectory"]
+    warmup = plan["warmup"]
+    assert warmup["type"] == "LinearLR" and plan["bias_lr_mult"] == plan["bias_decay_mult"] == 1
+    train = Train(
+        batch_size=plan["batch"],
+        lr=plan["lr"] * 16 / plan["batch"],
+        momentum=plan["momentum"],
+        weight_decay=plan["weight_decay"],
+        clip_norm=plan["clip_norm"] or 0.0,
+        warmup_steps=warmup["end"] - warmup["begin"],
+        warmup_factor=warmup["start_factor"],
+        epochs=1,
+        milestones=(),
+    )
+    schedule = learning_rate(train, plan["steps"])
+    optimizer = sgd(train, schedule)
+    function = make_train_step(
+        detector_case.network, detector_case.detector, optimizer, schedule, train
+    )
+    one = Pmap(jax.local_devices()[:1])
+    step = one.map(functools.partial(function, axis_name=AXIS), [False, False, True])
+    state = one.replicate(init_state(detector_case.variables, optimizer, train))
+    batch = one.shard(jax.tree.map(np.asarray, detector_case.batch))
+    logged = []
+    for _ in range(plan["steps"]):
+        state, scalars, _ = step(state, batch)
+        logged.append(one.fetch_replicated(scalars))
+
+    def series(name):
+        return np.array([scalars[name] for scalars in logged])
+
+    compare("trajectory.lr", series("lr"), detector_case["trajectory.lr"], 1e-6)
+    compare("trajectory.lr", series("lr"), detector_case["trajectory.max_lr"], 1e-6)
+    names = {"total": "loss"} | {k: k for k in logged[0] if k.startswith("loss_")}
+    for theirs, ours in names.items():
+        key = f"trajectory.{theirs}"
+        expected, noise = detector_case[key], detector_case[f"noise.{key}"]
+        difference = np.abs(series(ours) - expected) / np.maximum(1e-3 * expected, 10 * noise)
+        compare.record(f"{key} / allowed", difference.max(), 1.0)
+
+    variables = one.fetch_replicated(state).variables
+    arrays = torch_arrays(detector_case.network, variables.params | variables.frozen)
+    ours = np.array(
+        [
+            np.linalg.norm(arrays[str(n)].astype(np.float64))
+            for n in detector_case["trajectory.names"]
+        ]
+    )
+    expected = detector_case["trajectory.param_norm"]
+    allowed = np.maximum(1e-3 * expected, 10 * detector_case["noise.trajectory.param_norm"])
+    compare.record(
+        "trajectory.param_norm / allowed", (np.abs(ours - expected) / allowed).max(), 1.0
+    )
