@@ -121,8 +121,8 @@ class GFL:
                 d = self.distances(box[i, positive])
                 pred = torch.cat([points - d[:, :2], points + d[:, 2:]], 1)
                 iou, g = overlaps(pred, gt)
-                target[positive, labels[matched[positive]]] = iou
-                w = cls[i, positive].sigmoid().max(1).values
+                target[positive, labels[matched[positive]]] = iou.detach()
+                w = cls[i, positive].detach().sigmoid().max(1).values
                 giou = giou + ((1 - g) * w).sum()
                 y = torch.cat([points - gt[:, :2], gt[:, 2:] - points], 1) / self.c["delta"]
                 y = y.clamp(0, self.c["n"] - 0.1).flatten()

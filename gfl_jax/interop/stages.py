@@ -121,8 +121,8 @@ def stages(network: Network, detector: Detector, variables: Variables, batch: Ba
     return result
 
 
-def gradients(network: Network, detector: Detector, variables: Variables, batch: Batch) -> Stages:
-    """The gradient of the sum of all loss terms in every trained parameter, by torch's name."""
+def gradients(network: Network, detector: Detector, variables: Variables, batch: Batch) -> Arrays:
+    """The gradient of the sum of all loss terms in every trained parameter."""
 
     @jax.jit
     def gradient(variables, batch):
@@ -134,7 +134,7 @@ def gradients(network: Network, detector: Detector, variables: Variables, batch:
 
         return jax.grad(objective)(variables.params)
 
-    return torch_arrays(network, gradient(variables, batch))
+    return gradient(variables, batch)
 
 
 def torch_arrays(network: Network, arrays: Arrays) -> Stages:

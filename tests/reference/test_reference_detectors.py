@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 from detector_case import Found, match
 
@@ -86,7 +87,7 @@ def test_losses(detector_case, compare):
 
 
 def test_gradients(detector_case, compare):
-    gradients = detector_case.gradients
+    gradients = torch_arrays(detector_case.network, detector_case.gradients)
     names = [str(name) for name in detector_case["gradnorm.names"]]
     assert set(names) == set(gradients)
     norms = np.array([np.linalg.norm(gradients[n].astype(np.float64).ravel()) for n in names])
@@ -133,8 +134,17 @@ def test_detections(detector_case, compare, kind):
             assert np.all(gap[swapped] < MARGIN), f"image {i}: in another order"
 
 
+def clipped(gradients, norm):
+    factor = min(1.0, norm / float(optax.global_norm(gradients))) if norm else 1.0
+    return jax.tree.map(lambda g: g * factor, gradients)
+
+
 def test_trajectory(detector_case, compare):
-    """Ten steps of the project's own train step on the fixed batch."""
+    """Ten steps of the project's own train step on the fixed batch.
+
+    The stored runs began with the gradient of the weights still in place, to which that of the
+    first step was added: the same as an initial momentum.
+    """
     plan = detector_case.meta["trajectory"]
     warmup = plan["warmup"]
     assert warmup["type"] == "LinearLR" and plan["bias_lr_mult"] == plan["bias_decay_mult"] == 1
@@ -156,7 +166,15 @@ def test_trajectory(detector_case, compare):
     )
     one = Pmap(jax.local_devices()[:1])
     step = one.map(functools.partial(function, axis_name=AXIS), [False, False, True])
-    state = one.replicate(init_state(detector_case.variables, optimizer, train))
+    state = init_state(detector_case.variables, optimizer, train)
+    clip, decay, trace, scale = state.optimizer
+    momentum = jax.tree.map(
+        lambda twice, once: (twice - once) / train.momentum,
+        clipped(jax.tree.map(lambda g: 2 * g, detector_case.gradients), train.clip_norm),
+        clipped(detector_case.gradients, train.clip_norm),
+    )
+    state = state._replace(optimizer=(clip, decay, trace._replace(trace=momentum), scale))
+    state = one.replicate(state)
     batch = one.shard(jax.tree.map(np.asarray, detector_case.batch))
     logged = []
     for _ in range(plan["steps"]):
