@@ -22,19 +22,19 @@ experiment = Experiment(
     ),
     data=Data(
         source="shapes",
-        shapes=Shapes(num_train=1600, num_val=200, image_size=(128, 128)),
+        shapes=Shapes(num_train=3000, num_val=200, image_size=(128, 128)),
         scale=(128, 128),
         workers=0,
-        cache_megabytes=128,
+        cache_megabytes=192,
     ),
     train=Train(
         batch_size=8,
         lr=0.08,  # 0.04 for this batch
-        epochs=15,
-        milestones=(10, 13),
+        epochs=8,
+        milestones=(5, 7),
         warmup_steps=100,
         warmup_factor=0.01,
         clip_norm=35.0,
-        eval_every=5,
+        eval_every=4,
     ),
 )

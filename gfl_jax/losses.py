@@ -91,7 +91,7 @@ def varifocal_loss(
 
 
 def distribution_focal_loss(
-    logits: Float[Array, "*batch bins"], target: Float[Array, "*batch"]
+    logits: Float[Array, "*batch bins"], target: Num[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
     """Distribution focal loss, equation 6 of the paper.
 

@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -246,8 +246,8 @@ def export_checkpoint(source: Path, file: Path) -> int:
 
 
 def main(
-    src: tyro.conf.Positional[Path],
-    dst: tyro.conf.Positional[Path],
+    src: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")],
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")],
     config: str = "",
     annotations: str = "",
 ) -> None:
@@ -274,6 +274,6 @@ def main(
 
 if __name__ == "__main__":
     try:
-        tyro.cli(main, description=__doc__)
+        tyro.cli(main, prog="python -m gfl_jax.interop.convert", description=__doc__)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"\nerror: {error}")

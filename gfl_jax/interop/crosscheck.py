@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -166,7 +166,7 @@ def print_table(rows: list[Row]) -> None:
 
 
 def main(
-    files: tyro.conf.Positional[tuple[Path, ...]],
+    files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")],
     checkpoint: Path,
     scale: tuple[int, int] = (1333, 800),
     python: str = sys.executable,
@@ -220,6 +220,6 @@ def main(
 
 if __name__ == "__main__":
     try:
-        sys.exit(tyro.cli(main, description=__doc__))
+        sys.exit(tyro.cli(main, prog="python -m gfl_jax.interop.crosscheck", description=__doc__))
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         sys.exit(f"\nerror: {error}")
