@@ -62,7 +62,7 @@ class Shapes:
             split, `i` and the image size, so a larger dataset begins with the smaller one.
     """
 
-    num_train: int = 1600
+    num_train: int = 3000
     num_val: int = 200
     image_size: tuple[int, int] = (128, 128)
     seed: int = 0

@@ -103,6 +103,17 @@ def run_reference(job: dict[str, Any], python: str) -> tuple[str, Stages]:
             return name, dict(out)
 
 
+def title(stage: str) -> str:
+    """What people call a stage: C2 for `backbone.0`, P3 for `feature.P3`, and so on."""
+    kind, _, name = stage.partition(".")
+    if kind == "backbone":
+        return f"C{int(name) + 2}"
+    if kind == "head":
+        branch, level = name.split(".")
+        return f"{level} {branch}_logits"
+    return name or kind
+
+
 def compare(ours: Stages, theirs: Stages, inference: Inference) -> list[Row]:
     """A row for each stage of the reference, in its order."""
     rows = []
@@ -112,7 +123,7 @@ def compare(ours: Stages, theirs: Stages, inference: Inference) -> list[Row]:
         found, tolerance = np.asarray(ours[name], np.float64), TOLERANCE[name.split(".")[0]]
         if found.shape != expected.shape:
             shapes = f"shape {found.shape}, expected {expected.shape}"
-            rows.append(Row(name, np.inf, np.inf, tolerance, shapes))
+            rows.append(Row(title(name), np.inf, np.inf, tolerance, shapes))
             continue
         difference, largest = np.abs(found - expected), np.abs(expected).max(initial=1e-12)
         bad = ~(difference / largest <= tolerance)
@@ -121,7 +132,7 @@ def compare(ours: Stages, theirs: Stages, inference: Inference) -> list[Row]:
             index = tuple(int(i) for i in np.argwhere(bad)[0])
             where = f"{list(index)}: {found[index]:.6g}, expected {expected[index]:.6g}"
         absolute = float(difference.max(initial=0))
-        rows.append(Row(name, absolute, float(absolute / largest), tolerance, where))
+        rows.append(Row(title(name), absolute, float(absolute / largest), tolerance, where))
     count = sum(name.startswith("det.boxes.") for name in theirs)
     return rows + [_compare_detections(ours, theirs, i, inference) for i in range(count)]
 

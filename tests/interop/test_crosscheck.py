@@ -50,8 +50,8 @@ def test_the_plain_model_agrees_stage_by_stage(files, capsys):
     assert crosscheck.main(images, checkpoint, scale=(160, 128)) == 0
     printed = capsys.readouterr().out
     assert "all stages agree" in printed
-    stages = ["input", "backbone.3", "feature.P7", "head.cls.P3", "head.box.P7"]
-    stages += ["loss.loss_cls", "loss.loss_bbox", "loss.loss_dfl"]
+    stages = ["input", "C2", "C5", "P3", "P7", "P3 cls_logits", "P7 box_logits"]
+    stages += ["loss_cls", "loss_bbox", "loss_dfl"]
     for stage in [*stages, "detections of image 1"]:
         assert f"\n{stage} " in printed
 
@@ -60,8 +60,8 @@ def test_the_plain_model_agrees_stage_by_stage(files, capsys):
     ("field", "value", "stage"),
     [
         ("std", (58.0, 57.12, 57.375), "input"),
-        ("dfl_weight", 0.26, "loss.loss_dfl"),
-        ("topk", 8, "loss.loss_cls"),
+        ("dfl_weight", 0.26, "loss_dfl"),
+        ("topk", 8, "loss_cls"),
         ("nms_iou", 0.4, "detections of image 0"),
     ],
 )
