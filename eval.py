@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    from gfl_jax.host import use_huge_pages
+    from gfl_jax.host import plain_errors, use_huge_pages
 
     use_huge_pages()
 
 from gfl_jax.config import EvalCommand, parse_fields
-from gfl_jax.data.coco import DataError
 from gfl_jax.data.loader import open_split
 from gfl_jax.models.network import Network
 from gfl_jax.report import contact_sheet
@@ -71,7 +70,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with plain_errors():
         main(sys.argv[1:])
-    except (DataError, FileNotFoundError) as error:
-        sys.exit(f"\nerror: {error}")

@@ -9,16 +9,15 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":
-    from gfl_jax.host import use_huge_pages
+    from gfl_jax.host import plain_errors, use_huge_pages
 
     use_huge_pages()
 
 from gfl_jax.config import TrainCommand, load_experiment, parse_fields
-from gfl_jax.data.coco import DataError
 from gfl_jax.data.loader import open_split
 from gfl_jax.models.network import Network
 from gfl_jax.report import finish
-from gfl_jax.training.loop import NonFiniteLossError, fit
+from gfl_jax.training.loop import fit
 from gfl_jax.training.parallel import parallel
 
 DEFAULT = Path(__file__).parent / "configs" / "gfl_r18_fpn_shapes.py"
@@ -53,7 +52,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with plain_errors():
         main(sys.argv[1:])
-    except (DataError, FileNotFoundError, NonFiniteLossError) as error:
-        sys.exit(f"\nerror: {error}")

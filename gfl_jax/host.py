@@ -1,7 +1,11 @@
-"""What has to be set before the process starts."""
+"""What concerns the process rather than the program."""
 
+import contextlib
 import os
 import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
 
 
 def use_huge_pages() -> None:
@@ -13,3 +17,16 @@ def use_huge_pages() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, sys.orig_argv)
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Ends the program with the message of an error that this project raised; others pass."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        ours = Path(__file__).resolve().parent in raised_in.parents
+        if ours or raised_in == Path(sys.argv[0]).resolve():
+            sys.exit(f"\nerror: {error}")
+        raise

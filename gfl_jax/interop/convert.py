@@ -12,7 +12,6 @@ names and lays out its arrays (needs torch). What came in comes out bit by bit.
 import dataclasses
 import json
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +22,7 @@ import tyro
 
 from gfl_jax.config import Experiment, from_dict, load_experiment, to_dict
 from gfl_jax.detectors.dense import Detector, GeneralDistribution
+from gfl_jax.host import plain_errors
 from gfl_jax.interop.names import load_state_dict, to_torch, torch_name
 from gfl_jax.interop.torch_files import read_torch_file
 from gfl_jax.models.network import Backbone, Model, Network, Variables
@@ -273,7 +273,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with plain_errors():
         tyro.cli(main, prog="python -m gfl_jax.interop.convert", description=__doc__)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"\nerror: {error}")

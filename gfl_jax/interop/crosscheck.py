@@ -21,6 +21,7 @@ import tyro
 from gfl_jax.data import images as pixels
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.postprocess import Inference
+from gfl_jax.host import plain_errors
 from gfl_jax.interop import mmdet_stages
 from gfl_jax.interop.convert import read_detector, state_dict
 from gfl_jax.interop.stages import Stages, make_batch, stages
@@ -230,7 +231,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with plain_errors():
         sys.exit(tyro.cli(main, prog="python -m gfl_jax.interop.crosscheck", description=__doc__))
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        sys.exit(f"\nerror: {error}")
