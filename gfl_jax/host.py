@@ -21,12 +21,18 @@ def use_huge_pages() -> None:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Ends the program with the message of an error that this project raised; others pass."""
+    """Ends the program with the message of an error that a user can mend; others pass.
+
+    Those are missing or unreadable files, and what this project raises itself. An error that a
+    library raises, or an operation in our code, is a bug and keeps its traceback.
+    """
     try:
         yield
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        ours = Path(__file__).resolve().parent in raised_in.parents
-        if ours or raised_in == Path(sys.argv[0]).resolve():
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        file, package = Path(last.filename).resolve(), Path(__file__).resolve().parent
+        ours = package in file.parents or file == Path(sys.argv[0]).resolve()
+        # jax leaves its own frames out: that the last one is ours is not enough.
+        if isinstance(error, OSError) or (ours and (last.line or "").startswith("raise")):
             sys.exit(f"\nerror: {error}")
         raise

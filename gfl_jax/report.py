@@ -120,8 +120,8 @@ def plot_run(workdir: Path) -> None:
     for name in ("AP", "AP50", "AP75"):
         ap.plot([e["step"] for e in val], [e[name] for e in val], marker=".", label=name)
     ap.set(title="evaluation", xlabel="step", ylim=(0, 1))
-    for axes, entries in ((losses, train), (ap, val)):
-        if entries:
+    for axes, drawn in ((losses, train), (ap, val)):
+        if drawn:
             axes.legend()
         axes.grid(alpha=0.3)
     figure.savefig(workdir / "curves.png", dpi=100)

@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,10 @@ TOLERANCE = {"input": 1e-6, "backbone": 1e-4, "feature": 1e-4, "head": 1e-4, "lo
 """Relative to the largest value of the reference, float32."""
 PIXELS, SCORES, MARGIN = 0.05, 1e-4, 1e-5
 """Detections: boxes, scores, and how near a threshold or cut a score may go either way."""
+
+
+Detected = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Boxes, scores and labels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,29 +143,47 @@ def compare(ours: Stages, theirs: Stages, inference: Inference) -> list[Row]:
     return rows + [_compare_detections(ours, theirs, i, inference) for i in range(count)]
 
 
+def detections_of(stages: Stages, kind: str, i: int) -> Detected:
+    """Boxes, scores and labels of image i: of the detections ('det') or candidates ('raw')."""
+    boxes, scores, labels = (stages[f"{kind}.{part}.{i}"] for part in ("boxes", "scores", "labels"))
+    return boxes, scores, labels
+
+
+def match(ours: Detected, theirs: Detected) -> np.ndarray:
+    """For each of theirs the index of the nearest of ours that equals it, -1 if there is none.
+
+    Equal: of the same class, within PIXELS and SCORES. Each of ours is used once.
+    """
+    boxes, scores, labels = ours
+    free, matches = np.ones(len(scores), bool), np.full(len(theirs[1]), -1)
+    for i, (box, score, label) in enumerate(zip(*theirs, strict=True)):
+        distance = np.abs(boxes - box).max(1, initial=0)
+        same = free & (labels == label) & (np.abs(scores - score) <= SCORES) & (distance <= PIXELS)
+        if same.any():
+            matches[i] = np.argmin(np.where(same, distance, np.inf))
+            free[matches[i]] = False
+    return matches
+
+
 def _compare_detections(ours: Stages, theirs: Stages, i: int, inference: Inference) -> Row:
     """Detections of image i: one to one, but for those whose score is at a threshold or cut."""
-    parts = ("boxes", "scores", "labels")
-    boxes, scores, labels = (ours[f"det.{part}.{i}"] for part in parts)
-    their_boxes, their_scores, their_labels = (theirs[f"det.{part}.{i}"] for part in parts)
-    free = np.ones(len(scores), bool)
-    pixel = 0.0
-    unmatched: list[tuple[float, str]] = []
-    for box, score, label in zip(their_boxes, their_scores, their_labels, strict=True):
-        distance = np.abs(boxes - box).max(1, initial=0)
-        same = free & (labels == label) & (np.abs(scores - score) <= SCORES)
-        nearest = int(np.argmin(np.where(same, distance, np.inf))) if len(scores) else 0
-        if same.any() and distance[nearest] <= PIXELS:
-            free[nearest] = False
-            pixel = max(pixel, float(distance[nearest]))
-        else:
-            unmatched.append((float(score), f"no class {label} of score {score:.5f} at {box}"))
-    unmatched += [(float(s), f"one more of score {s:.5f}") for s in scores[free]]
-    full = len(their_scores) == inference.max_per_image
-    cut = float(their_scores[-1]) if full else inference.score_threshold
-    wrong = [text for score, text in unmatched if abs(score - cut) > MARGIN]
-    relative = pixel / float(np.abs(their_boxes).max(initial=1))
+    found, expected = detections_of(ours, "det", i), detections_of(theirs, "det", i)
+    matches = match(found, expected)
+    kept = matches >= 0
+    missing, extra = ~kept, np.setdiff1d(np.arange(len(found[1])), matches)
+    texts = [f"no class {c} of score {s:.5f} at {b}" for b, s, c in _rows(expected, missing)]
+    texts += [f"one more of score {s:.5f}" for _, s, _ in _rows(found, extra)]
+    full = len(expected[1]) == inference.max_per_image
+    cut = float(expected[1][-1]) if full else inference.score_threshold
+    scores = np.concatenate([expected[1][missing], found[1][extra]])
+    wrong = [text for score, text in zip(scores, texts, strict=True) if abs(score - cut) > MARGIN]
+    pixel = float(np.abs(found[0][matches[kept]] - expected[0][kept]).max(initial=0))
+    relative = pixel / float(np.abs(expected[0]).max(initial=1))
     return Row(f"detections of image {i}", pixel, relative, PIXELS, "; ".join(wrong[:1]))
+
+
+def _rows(detected: Detected, which: np.ndarray) -> Iterator[tuple[Any, ...]]:
+    return zip(*(array[which] for array in detected), strict=True)
 
 
 def print_table(rows: list[Row]) -> None:

@@ -240,7 +240,6 @@ def test_no_steps_are_no_batches(split, plan):
     assert list(batches(plan, split, range(5, 5), DATA)) == []
 
 
-@pytest.mark.slow
 def test_a_worker_process_makes_the_same_batches_as_threads(split, plan):
     steps = range(1, plan.steps_per_epoch + 2)
     expected = list(batches(plan, split, steps, DATA))

@@ -1,6 +1,5 @@
 """A detector of the PyTorch reference rebuilt here, from what `meta` says and weights by a rule."""
 
-import dataclasses
 import functools
 import json
 
@@ -118,25 +117,3 @@ class DetectorCase:
     @functools.cached_property
     def gradients(self):
         return stages.gradients(self.network, self.detector, self.variables, self.batch)
-
-
-@dataclasses.dataclass
-class Found:
-    """Detections or candidates of one image."""
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-
-
-def match(ours: Found, theirs: Found, *, pixels: float, score: float) -> np.ndarray:
-    """For each of theirs the index of one of ours that equals it, -1 if there is none."""
-    used, matches = np.zeros(len(ours.scores), bool), np.full(len(theirs.scores), -1)
-    for i in range(len(theirs.scores)):
-        distance = np.abs(ours.boxes - theirs.boxes[i]).max(1, initial=0)
-        same = (ours.labels == theirs.labels[i]) & (distance <= pixels) & ~used
-        same &= np.abs(ours.scores - theirs.scores[i]) <= score
-        if same.any():
-            matches[i] = np.flatnonzero(same)[np.argmin(distance[same])]
-            used[matches[i]] = True
-    return matches

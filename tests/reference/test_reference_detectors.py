@@ -6,16 +6,14 @@ import jax
 import numpy as np
 import optax
 import pytest
-from detector_case import Found, match
 
 from gfl_jax.config import Train
+from gfl_jax.interop.crosscheck import MARGIN, PIXELS, SCORES, detections_of, match
 from gfl_jax.interop.stages import torch_arrays
 from gfl_jax.training.parallel import AXIS, Pmap
 from gfl_jax.training.step import init_state, learning_rate, make_train_step, sgd
 
 LEVELS = [f"P{k}" for k in range(3, 8)]
-MARGIN = 1e-5
-"""Scores this close to a threshold, to a cut or to each other may go either way."""
 
 
 def statistics(x):
@@ -104,16 +102,14 @@ def test_detections(detector_case, compare, kind):
     inference = detector_case.detector.inference
     threshold, most = inference.score_threshold, inference.max_per_image
     for i in range(len(detector_case.keys("images."))):
-        ours, theirs = (
-            Found(*(source[f"{kind}.{part}.{i}"] for part in ("boxes", "scores", "labels")))
-            for source in (detector_case.stages, detector_case)
-        )
-        matches = match(ours, theirs, pixels=0.05, score=1e-4)
-        extra = np.setdiff1d(np.arange(len(ours.scores)), matches)
+        boxes, scores, _ = ours = detections_of(detector_case.stages, kind, i)
+        their_boxes, their_scores, _ = theirs = detections_of(detector_case, kind, i)
+        matches = match(ours, theirs)
+        extra = np.setdiff1d(np.arange(len(scores)), matches)
         marginal = [threshold]
-        if kind == "det" and len(theirs.scores) == most:
-            marginal.append(theirs.scores[-1])
-        for score in [*theirs.scores[matches < 0], *ours.scores[extra]]:
+        if kind == "det" and len(their_scores) == most:
+            marginal.append(their_scores[-1])
+        for score in [*their_scores[matches < 0], *scores[extra]]:
             assert min(abs(score - margin) for margin in marginal) < MARGIN, f"image {i}: {score}"
         compare.record(f"{kind}.unmatched", np.sum(matches < 0) + len(extra), np.inf)
 
@@ -121,16 +117,12 @@ def test_detections(detector_case, compare, kind):
         found = matches[pairs]
         if not len(pairs):
             continue
-        compare.record(
-            f"{kind}.boxes px", np.abs(ours.boxes[found] - theirs.boxes[pairs]).max(), 0.05
-        )
-        compare.record(
-            f"{kind}.scores", np.abs(ours.scores[found] - theirs.scores[pairs]).max(), 1e-4
-        )
+        compare.record(f"{kind}.boxes px", np.abs(boxes[found] - their_boxes[pairs]).max(), PIXELS)
+        compare.record(f"{kind}.scores", np.abs(scores[found] - their_scores[pairs]).max(), SCORES)
         if kind == "det":
             first, second = np.triu_indices(len(pairs), 1)
             swapped = found[first] > found[second]
-            gap = theirs.scores[pairs[first]] - theirs.scores[pairs[second]]
+            gap = their_scores[pairs[first]] - their_scores[pairs[second]]
             assert np.all(gap[swapped] < MARGIN), f"image {i}: in another order"
 
 
