@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
         )
 
     # ------------------------------------------------------------------ model
-    network = Network(experiment.model, len(split.category_ids), experiment.detector.box.channels)
+    network = Network(experiment.model, experiment.detector.predicts(len(split.category_ids)))
     devices = parallel(experiment.train.mapping, experiment.train.batch_size)
     state = checkpoints.restore(abstract_state(network, experiment.train), experiment)
     variables = devices.replicate(state.evaluated())

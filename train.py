@@ -33,15 +33,16 @@ def main(arguments: list[str]) -> None:
     experiment, command = parse_fields(
         TrainCommand, load_experiment(config), arguments[named:], __doc__
     )
-    workdir = Path(command.workdir or f"runs/{config.stem}")
+    name = config.name.replace(".py:", "_").removesuffix(".py")  # a row's: its table's, its own
+    workdir = Path(command.workdir or f"runs/{name}")
 
     # ------------------------------------------------------------------ data
     train_split = open_split(experiment.data, "train")
     val_split = open_split(experiment.data, "val")
 
     # ------------------------------------------------------------------ model
-    classes, channels = len(train_split.category_ids), experiment.detector.box.channels
-    network = Network(experiment.model, classes, channels)
+    predicts = experiment.detector.predicts(len(train_split.category_ids))
+    network = Network(experiment.model, predicts)
     devices = parallel(experiment.train.mapping, experiment.train.batch_size)
 
     # ------------------------------------------------------------------ steps and evaluations

@@ -12,14 +12,15 @@ A laptop's recipe: photos at 320 x 240, pyramid and head 128 wide, two convoluti
 """
 
 from gfl_jax.config import Data, Experiment, Train
+from gfl_jax.models.fpn import Neck
+from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model
 
 experiment = Experiment(
     model=Model(
         backbone=Backbone(depth=18, norm="bn", frozen_stages=-1),
-        fpn_width=128,
-        head_width=128,
-        stacked_convs=2,
+        neck=Neck(128),
+        head=Head(width=128, stacked_convs=2),
     ),
     data=Data(
         train_annotations="annotations/instances_trainval.json",

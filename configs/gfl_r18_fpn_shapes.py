@@ -10,14 +10,15 @@ small: from random weights the number of steps counts more than their size.
 """
 
 from gfl_jax.config import Data, Experiment, Train
+from gfl_jax.models.fpn import Neck
+from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model
 
 experiment = Experiment(
     model=Model(
         backbone=Backbone(depth=18, width=32, norm="bn", frozen_stages=-1),
-        fpn_width=64,
-        head_width=64,
-        stacked_convs=2,
+        neck=Neck(64),
+        head=Head(width=64, stacked_convs=2),
     ),
     data=Data(
         source="shapes",

@@ -1,17 +1,17 @@
 """The experiment as one frozen value; every field can be changed on the command line."""
 
 import dataclasses
-import json
 import runpy
 import sys
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 
 from gfl_jax.data.shapes import Shapes
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.models.network import Model
+from gfl_jax.models.ssd import SSDModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +27,17 @@ class Data:
     cache_dir: where prepared data is kept.
     on_error: 'raise' stops at bad input; 'skip' leaves it out, counts it and lists it.
     scale: images are resized keeping their ratio to fit these (long, short) sides, in pixels.
+    keep_ratio: False stretches every image to exactly `scale`, as (width, height), multiples of 32.
     multi_scale: smallest and largest short side in training, drawn once a batch; None: one scale.
     canvases: (height, width) of the landscape canvases, small to large, multiples of 32; portrait
         ones are their mirrors. Empty: the one that holds `scale`.
     flip: probability of a horizontal flip in training.
+    augmentation: in training; 'flip' is that flip alone, 'ssd' also zooms out, crops and changes
+        colours as SSD does.
+    repeats: times every image is seen in an epoch of training.
     workers: processes that prepare batches; 0 uses threads of the training process.
-    cache_megabytes: memory for resized images, in each worker: a small data set is decoded once.
+    cache_megabytes: memory for resized images ('ssd': originals), in each worker: a small data set
+        is decoded once.
     """
 
     source: str = "coco"
@@ -45,9 +50,12 @@ class Data:
     cache_dir: str = "~/.cache/gfl_jax"
     on_error: Literal["raise", "skip"] = "raise"
     scale: tuple[int, int] = (1333, 800)
+    keep_ratio: bool = True
     multi_scale: tuple[int, int] | None = None
     canvases: tuple[tuple[int, int], ...] = ()
     flip: float = 0.5
+    augmentation: Literal["flip", "ssd"] = "flip"
+    repeats: int = 1
     workers: int = 4
     cache_megabytes: int = 0
 
@@ -70,6 +78,21 @@ class Data:
                 )
         if not 0 <= self.flip <= 1:
             raise ValueError(f"data.flip is {self.flip}; it is a probability")
+        if not self.keep_ratio:
+            if self.scale[0] % 32 or self.scale[1] % 32:
+                raise ValueError(
+                    f"data.scale is {self.scale}; without data.keep_ratio both sides must be "
+                    "multiples of 32"
+                )
+            if self.multi_scale or self.canvases:
+                raise ValueError(
+                    "data.multi_scale and data.canvases need data.keep_ratio: without it every "
+                    "image is stretched to data.scale"
+                )
+        elif self.augmentation == "ssd":
+            raise ValueError("data.augmentation 'ssd' stretches images: set data.keep_ratio False")
+        if self.repeats < 1:
+            raise ValueError(f"data.repeats is {self.repeats}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +102,9 @@ class Train:
     batch_size: images a step over all devices.
     lr: for a batch of 16; scaled by batch_size / 16.
     epochs, milestones: length, and epochs after which the rate is multiplied by 0.1.
-    warmup_steps, warmup_factor: linear rise of the rate from warmup_factor * lr.
+    warmup_steps, warmup_factor: the rate begins as warmup_factor * lr and, in this many steps,
+        rises to lr; linearly, or (warmup 'constant') all at once at their end.
+    bias_lr, bias_decay: factors of the rate of convolutions' biases and of the decay of all biases.
     clip_norm: largest norm of the whole gradient; 0 for no clipping.
     ema_decay: of an average of the parameters that is evaluated instead; 0 for none.
     mapping: how the step is laid over devices.
@@ -97,6 +122,9 @@ class Train:
     milestones: tuple[int, ...] = (8, 11)
     warmup_steps: int = 500
     warmup_factor: float = 0.001
+    warmup: Literal["linear", "constant"] = "linear"
+    bias_lr: float = 1.0
+    bias_decay: float = 1.0
     clip_norm: float = 0.0
     ema_decay: float = 0.0
     mapping: Literal["pmap", "shard_map"] = "pmap"
@@ -117,58 +145,122 @@ class Train:
 class Experiment:
     """Everything that determines a run."""
 
-    model: Model = Model()
+    model: Model | SSDModel = Model()
     detector: Detector = Detector()
     data: Data = Data()
     train: Train = Train()
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of one of the paper's tables.
+
+    title: as the paper calls it.  paper: AP, AP50, AP75, APS, APM, APL on COCO in percent, as far
+    as the paper gives them.  note: what the paper leaves open and what was chosen.
+    """
+
+    title: str
+    experiment: Experiment
+    paper: tuple[float, ...] = ()
+    note: str = ""
+
+
 def load_experiment(path: str | Path) -> Experiment:
     """The value named `experiment` of a config file.
+
+    Args:
+        path: the file; or FILE.py:ROW, an entry of its dictionary `rows`, as in a table's config.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file defines no Experiment of that name.
     """
-    path = Path(path)
+    file, _, name = str(path).partition(".py:")
+    values = _run(Path(f"{file}.py" if name else file))
+    if name or ("rows" in values and "experiment" not in values):
+        rows = values.get("rows", {})
+        if name not in rows:
+            raise ValueError(
+                f"{file.removesuffix('.py')}.py has the rows {', '.join(rows) or '(none)'}: write "
+                f"{file.removesuffix('.py')}.py:ROW with one of them, ROW is {name!r}"
+            )
+        return rows[name].experiment
+    experiment = values.get("experiment")
+    if not isinstance(experiment, Experiment):
+        raise ValueError(f"{path} must define `experiment = Experiment(...)`, found {experiment!r}")
+    return experiment
+
+
+def load_rows(path: str | Path) -> dict[str, Row]:
+    """The dictionary named `rows` of a table's config.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file defines no rows.
+    """
+    rows = _run(Path(path)).get("rows")
+    if not rows or not all(isinstance(row, Row) for row in rows.values()):
+        raise ValueError(f"{path} must define `rows`, a dictionary of names to Row values")
+    return rows
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """What a config file defines."""
     if not path.is_file():
         known = ", ".join(sorted(p.as_posix() for p in Path("configs").glob("*.py")))
         raise FileNotFoundError(f"no config file {path}; there are: {known or 'none in configs/'}")
     # A config may import another one of its folder: `from configs.other import experiment`.
     sys.path.insert(0, str(path.resolve().parents[1]))
     try:
-        experiment = runpy.run_path(str(path)).get("experiment")
+        return runpy.run_path(str(path))
     finally:
         sys.path.pop(0)
-    if not isinstance(experiment, Experiment):
-        raise ValueError(f"{path} must define `experiment = Experiment(...)`, found {experiment!r}")
-    return experiment
 
 
 def to_dict(value: Any) -> Any:
-    """A config value as plain JSON: dataclasses as objects, tuples as lists."""
-    return json.loads(json.dumps(dataclasses.asdict(value)))
+    """A config value as plain JSON: dataclasses as objects with their `kind`, tuples as lists."""
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **fields}
+    return [to_dict(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """What differs between two results of `to_dict`: 'train.lr: 0.01, now 0.02', ..."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.get("kind") == new.get("kind"):
+        return [
+            line
+            for field in {**old, **new}
+            for line in differences(old.get(field), new.get(field), f"{name}.{field}".strip("."))
+        ]
+    short = [value.get("kind") if isinstance(value, dict) else value for value in (old, new)]
+    return [f"{name}: {short[0]}, now {short[1]}"] if old != new else []
 
 
 def from_dict(kind: Any, value: Any) -> Any:
     """The inverse of `to_dict`.
 
     Args:
-        kind: the type to build, a dataclass or the type of one of its fields.
+        kind: the type to build, a dataclass, a union of such or the type of one of their fields.
         value: JSON of it. Fields that are absent take their defaults.
 
     Raises:
-        ValueError: a field that the dataclass does not have.
+        ValueError: a kind that is not one of these, or a field that the dataclass does not have.
     """
-    if dataclasses.is_dataclass(kind):
-        make: Any = kind
-        hints = get_type_hints(make)
-        if unknown := set(value) - set(hints):
-            raise ValueError(f"{make.__name__} has no field {', '.join(sorted(unknown))}")
-        return make(**{name: from_dict(hints[name], item) for name, item in value.items()})
     if isinstance(value, list):
         return tuple(from_dict(None, item) for item in value)
-    return value
+    if not isinstance(value, dict):
+        return value
+    members = [k for k in get_args(kind) or (kind,) if isinstance(k, type)]
+    kinds: dict[str, Any] = {k.__name__: k for k in members if dataclasses.is_dataclass(k)}
+    name = value.get("kind")
+    if name not in kinds:
+        raise ValueError(f"{name!r} is not a kind of {', '.join(kinds)}")
+    hints = get_type_hints(kinds[name])
+    items = {field: item for field, item in value.items() if field != "kind"}
+    if unknown := set(items) - set(hints):
+        raise ValueError(f"{name} has no field {', '.join(sorted(unknown))}")
+    return kinds[name](**{field: from_dict(hints[field], item) for field, item in items.items()})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,22 @@ from jaxtyping import Array, Float, Num, Shaped
 from gfl_jax.boxes import EPS, aligned_iou, aligned_union, area, enclosure, sizes
 
 
+def binary_cross_entropy(
+    logits: Float[Array, "*shape"], targets: Num[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Cross entropy of p = sigmoid(x) and y: -((1 - y) log(1 - p) + y log(p)).
+
+    Args:
+        logits: x.
+        targets: y in [0, 1].
+
+    Returns:
+        The float32 loss of every element.
+    """
+    x, y = _float32(logits), _float32(targets)
+    return -((1 - y) * jax.nn.log_sigmoid(-x) + y * jax.nn.log_sigmoid(x))
+
+
 def quality_focal_loss(
     logits: Float[Array, "*batch classes"],
     targets: Float[Array, "*batch classes"],
@@ -35,7 +51,7 @@ def quality_focal_loss(
     """
     x, y = _float32(logits), jax.lax.stop_gradient(_float32(targets))
     sigma = jax.nn.sigmoid(x)
-    return _power(jnp.abs(y - sigma), beta) * _binary_cross_entropy(x, y)
+    return _power(jnp.abs(y - sigma), beta) * binary_cross_entropy(x, y)
 
 
 def sigmoid_focal_loss(
@@ -87,7 +103,7 @@ def varifocal_loss(
     """
     x, q = _float32(logits), jax.lax.stop_gradient(_float32(targets))
     weight = jnp.where(q > 0, q, alpha * _power(jax.nn.sigmoid(x), gamma))
-    return weight * _binary_cross_entropy(x, q)
+    return weight * binary_cross_entropy(x, q)
 
 
 def distribution_focal_loss(
@@ -195,14 +211,31 @@ def smooth_l1_loss(
     return jnp.where(d < beta, d**2 / (2 * beta), d - beta / 2)
 
 
+def gaussian_nll_loss(
+    mean: Float[Array, "*#shape"],
+    log_variance: Float[Array, "*#shape"],
+    target: Float[Array, "*#shape"],
+) -> Float[Array, "*shape"]:
+    """Negative log-likelihood of a normal distribution, its constant left out.
+
+        NLL = (x - y)^2 / (2 sigma^2) + log(sigma^2) / 2
+
+    For box sides as in He et al. 2019 (arXiv 1809.08545, section 3.2); the Gaussian of table 2a.
+
+    Args:
+        mean: x.
+        log_variance: log(sigma^2).
+        target: y.
+
+    Returns:
+        The float32 loss of every element, as small as -infinity where sigma vanishes at x = y.
+    """
+    difference, log_variance = _float32(mean) - _float32(target), _float32(log_variance)
+    return 0.5 * (difference**2 * jnp.exp(-log_variance) + log_variance)
+
+
 def _float32(array: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.asarray(array, jnp.float32)
-
-
-def _binary_cross_entropy(
-    x: Float[Array, "*shape"], y: Float[Array, "*shape"]
-) -> Float[Array, "*shape"]:
-    return -((1 - y) * jax.nn.log_sigmoid(-x) + y * jax.nn.log_sigmoid(x))
 
 
 def _power(base: Float[Array, "*shape"], exponent: float) -> Float[Array, "*shape"]:

@@ -46,6 +46,15 @@ def pytest_addoption(parser):
         default=str(Path(__file__).parent / "reference" / "cases"),
         help="folder of cases computed with the PyTorch reference",
     )
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="slow: run with --slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
 
 
 @pytest.fixture
@@ -65,8 +74,8 @@ def compilations():
 class LinearNetwork:
     """Predicts from the mean colour of each cell; has all that a Network has, compiles at once."""
 
-    def __init__(self, model, num_classes, box_channels):
-        self._outputs = {"cls": num_classes, "box": box_channels}
+    def __init__(self, model, predicts):
+        self._outputs = {"cls": predicts.cls, "box": predicts.box}
 
     def init(self, seed):
         rng = np.random.default_rng(seed)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import jax
@@ -38,14 +39,15 @@ from gfl_jax.config import Data, Experiment, Train
 from gfl_jax.data.shapes import Shapes
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.postprocess import Inference
+from gfl_jax.models.fpn import Neck
+from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model
 
 experiment = Experiment(
     model=Model(
         backbone=Backbone(depth=18, width=8, norm="bn", frozen_stages=-1),
-        fpn_width=32,
-        head_width=32,
-        stacked_convs=1,
+        neck=Neck(32),
+        head=Head(width=32, stacked_convs=1),
     ),
     # So short a training finds little: every score counts.
     detector=Detector(inference=Inference(score_threshold=0.0, nms_pre=60)),
@@ -100,7 +102,7 @@ class Workspace:
         return printed.getvalue()
 
     def state(self, workdir, kind="checkpoints"):
-        network = Network(self.experiment.model, CLASSES, Detector().box.channels)
+        network = Network(self.experiment.model, Detector().predicts(CLASSES))
         checkpoints = Checkpoints(workdir / kind)
         return checkpoints.restore(abstract_state(network, self.experiment.train), self.experiment)
 
@@ -194,6 +196,26 @@ def test_a_finished_run_is_left_as_it_is(finished, workspace):
     assert read_metrics(workdir) == entries
     for ours, theirs in zip(*map(jax.tree.leaves, (before, workspace.state(workdir))), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [([], "gfl_r18_fpn_shapes"), (["tiny.py"], "tiny"), (["tiny.py:delta_0.5"], "tiny_delta_0.5")],
+)
+def test_without_a_name_the_work_directory_is_named_after_config_and_row(
+    workspace, monkeypatch, config, name
+):
+    rows = "from gfl_jax.config import Row\nrows = {'delta_0.5': Row('A row', experiment)}\n"
+    file = workspace.folder / "named" / "tiny.py"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(CONFIG + rows)
+    used = []
+    monkeypatch.setattr(train, "open_split", lambda *_: SimpleNamespace(category_ids=[1, 2]))
+    monkeypatch.setattr(train, "Network", lambda *_: None)
+    monkeypatch.setattr(train, "fit", lambda *arguments: used.append(arguments[-1]))
+    monkeypatch.setattr(train, "finish", lambda workdir, *_: used.append(workdir))
+    train.main([str(file.parent / given) for given in config])
+    assert used == [Path("runs") / name] * 2
 
 
 # ---------------------------------------------------------------------------- interruptions
@@ -308,7 +330,7 @@ def test_an_absurd_learning_rate_stops_with_the_reason(workspace, linear_network
     assert 0 < failed < 27
     checkpoints = written(workdir / "checkpoints")
     assert checkpoints.step == failed
-    network = linear_network(None, CLASSES, Detector().box.channels)
+    network = linear_network(None, Detector().predicts(CLASSES))
     experiment, _ = checkpoints.about()
     state = checkpoints.restore(abstract_state(network, experiment.train), experiment)
     assert int(state.step) == failed
@@ -468,10 +490,18 @@ def test_a_batch_that_the_devices_cannot_share_is_an_error(workspace, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_continuing_says_what_was_changed(finished, workspace):
+    workdir, _, _ = finished
+    printed = workspace.train(workdir, "--train.lr=0.03", "--detector.classification.beta=1.5")
+    assert "changed since that step: train.lr: 0.02, now 0.03" in printed
+    assert "changed since that step: detector.classification.beta: 2.0, now 1.5" in printed
+    assert "changed" not in workspace.train(workdir)
+
+
 def test_continuing_with_another_model_is_an_error_that_names_the_folder(finished, workspace):
     workdir, _, _ = finished
     with pytest.raises(ValueError, match="another model") as error:
-        workspace.train(workdir, "--model.stacked-convs=2")
+        workspace.train(workdir, "--model.head.stacked-convs=2")
     assert str(workdir) in str(error.value)
 
 

@@ -110,7 +110,7 @@ class GFL:
                 anchors[:, 3] < torch.ceil(padded[1] / anchors[:, 2])
             )
             gts, labels = all_boxes[i], all_labels[i]
-            matched = atss(anchors, valid, levels, gts, self.c["topk"], self.c["anchor_scale"])
+            matched = atss(anchors, valid, levels, gts, self.c["topk"], self.c["scale"])
             positive = torch.nonzero(matched >= 0).flatten()
             n_pos += max(len(positive), 1)
             target = torch.zeros_like(cls[i])
@@ -213,11 +213,15 @@ def atss(anchors, valid, levels, gts, topk, anchor_scale):
 
 def main(job_file, out_file):
     job = np.load(job_file)
-    config = json.loads(str(job["config"]))
+    experiment = json.loads(str(job["config"]))
+    colours, detector = experiment["model"], experiment["detector"]
+    config = {**colours["backbone"], **colours["head"], **detector}  # fields by their own names
+    for choice in ("priors", "assigner", "box", "classification", "inference"):
+        config |= detector[choice]
     state = {k[6:]: torch.from_numpy(job[k]) for k in job.files if k.startswith("param.")}
     model = GFL(state, config)
     images = torch.from_numpy(job["images"].astype(np.float32)).permute(0, 3, 1, 2)
-    mean, std = (torch.tensor(config[k]).reshape(1, 3, 1, 1) for k in ("mean", "std"))
+    mean, std = (torch.tensor(colours[k]).reshape(1, 3, 1, 1) for k in ("mean", "std"))
     sizes = job["sizes"].tolist()
     x = torch.zeros_like(images)
     for i, (height, width) in enumerate(sizes):

@@ -99,10 +99,26 @@ def resized_size(
     return np.maximum(new_height.astype(int), 1), np.maximum(new_width.astype(int), 1)
 
 
+def resize(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[float, float]]:
+    """Stretches an image to a size: bilinear, half-pixel centres, rounded to uint8.
+
+    Args:
+        image: uint8 [height, width, 3].
+        size: new (height, width), in pixels.
+
+    Returns:
+        The resized image and (scale_x, scale_y) = new / old width and height.
+    """
+    height, width = image.shape[:2]
+    new_height, new_width = size
+    resized = cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_LINEAR)
+    return resized, (new_width / width, new_height / height)
+
+
 def resize_keep_ratio(
     image: np.ndarray, long_side: int, short_side: int
 ) -> tuple[np.ndarray, tuple[float, float]]:
-    """Resizes an image to `resized_size`: bilinear, half-pixel centres, rounded to uint8.
+    """Resizes an image to `resized_size`, as `resize` does.
 
     Args:
         image: uint8 [height, width, 3].
@@ -114,9 +130,8 @@ def resize_keep_ratio(
         little because each new side is a whole number.
     """
     height, width = image.shape[:2]
-    new_height, new_width = map(int, resized_size(height, width, long_side, short_side))
-    resized = cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_LINEAR)
-    return resized, (new_width / width, new_height / height)
+    new_height, new_width = resized_size(height, width, long_side, short_side)
+    return resize(image, (int(new_height), int(new_width)))
 
 
 def scale_boxes(boxes: np.ndarray, scale: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
@@ -124,7 +139,7 @@ def scale_boxes(boxes: np.ndarray, scale: tuple[float, float], size: tuple[int, 
 
     Args:
         boxes: float32 [n, 4] in pixels of the image before resizing.
-        scale: (scale_x, scale_y) of `resize_keep_ratio`.
+        scale: (scale_x, scale_y) of `resize` or `resize_keep_ratio`.
         size: (height, width) of the resized image.
 
     Returns:

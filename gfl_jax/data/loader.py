@@ -13,6 +13,7 @@ from absl import flags
 
 from gfl_jax.config import Data
 from gfl_jax.data import images
+from gfl_jax.data.augment import ssd_augment
 from gfl_jax.data.batch import Batch
 from gfl_jax.data.coco import CocoFolder, PreparedSplit, open_tfds, prepare
 from gfl_jax.data.plan import BatchPlan, canvases_of
@@ -72,6 +73,9 @@ def train_plan(data: Data, split: PreparedSplit, batch_size: int, seed: int) -> 
         flip=data.flip,
         shuffle=True,
         seed=seed,
+        keep_ratio=data.keep_ratio,
+        augmentation=data.augmentation,
+        repeats=data.repeats,
     )
 
 
@@ -83,14 +87,16 @@ def eval_plan(data: Data, split: PreparedSplit, batch_size: int, limit: int = 0)
         batch_size=batch_size,
         scale=data.scale,
         canvases=canvases_of(data.scale),
+        keep_ratio=data.keep_ratio,
     )
 
 
 @dataclasses.dataclass
 class ImageCache:
-    """Resized images and their scales kept in memory, until `limit` bytes are taken.
+    """Images and their scales kept in memory, until `limit` bytes are taken.
 
-    Small data sets at one scale are so decoded once instead of in every epoch.
+    They are resized ones, or originals where every epoch makes something else of them. Small data
+    sets at one scale are so decoded once instead of in every epoch.
     """
 
     limit: int
@@ -111,7 +117,10 @@ class ImageCache:
 def load_batch(
     step: int, *, plan: BatchPlan, split: PreparedSplit, max_boxes: int, cache: ImageCache
 ) -> HostBatch:
-    """Decodes, resizes, flips and pads the images of a step; keeps boxes that are ground truth."""
+    """Decodes, augments and pads the images of a step; keeps boxes that are ground truth.
+
+    What is random follows from the plan's seed, the step and the slot alone.
+    """
     slots = plan(step)
     size = len(slots.images)
     arrays: dict[str, Any] = dict(
@@ -127,22 +136,32 @@ def load_batch(
         record = split.source[int(index)]
         stated = (record["height"], record["width"])
 
-        def resized(record=record, stated=stated):
+        def decoded(record=record, stated=stated):
             image = images.decode(record["image"], stated, record["filename"])
-            return images.resize_keep_ratio(image, plan.scale[0], slots.short_side)
+            if plan.augmentation == "ssd":
+                return image, (1.0, 1.0)
+            if plan.keep_ratio:
+                return images.resize_keep_ratio(image, plan.scale[0], slots.short_side)
+            return images.resize(image, slots.canvas)
 
-        image, scale = cache.get((int(index), slots.short_side), resized)
-        height, width = image.shape[:2]
+        image, scale = cache.get((int(index), slots.short_side), decoded)
         keep = ~(record["crowd"] | record["ignore"])
-        boxes = images.scale_boxes(record["boxes"][keep], scale, (height, width))
+        boxes, labels = record["boxes"][keep], record["labels"][keep]
+        if plan.augmentation == "ssd":
+            # The plan's own generators have shorter keys, which numpy extends by zeros.
+            rng = np.random.default_rng((plan.seed, step, slot, 1))
+            image, boxes, labels, scale = ssd_augment(image, boxes, labels, slots.canvas, rng)
+        else:
+            boxes = images.scale_boxes(boxes, scale, image.shape[:2])
         if slots.flip[slot]:
             image, boxes = images.flip(image, boxes)
+        height, width = image.shape[:2]
         arrays["images"][slot, :height, :width] = image
         arrays["sizes"][slot] = height, width
         arrays["scales"][slot] = scale
         if slots.real[slot]:
             arrays["boxes"][slot, : len(boxes)] = boxes
-            arrays["labels"][slot, : len(boxes)] = record["labels"][keep]
+            arrays["labels"][slot, : len(boxes)] = labels
             arrays["box_mask"][slot, : len(boxes)] = True
     return HostBatch(Batch(**arrays), split.image_ids[slots.images])
 

@@ -1,12 +1,12 @@
 """Which images, at which scale and on which canvas, make up each batch: a function of the seed.
 
-Every host computes the same plan, every image is seen exactly once an epoch, and one integer, the
-step, says where a run is.
+Every host computes the same plan, every image is seen equally often in an epoch, and one integer,
+the step, says where a run is.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -46,6 +46,9 @@ class BatchPlan:
     batch_size: over all devices and hosts.  scale: limits of the (long, short) sides.
     canvases: see `canvases_of`.  multi_scale: range of the short side, drawn once a batch.
     flip: its probability.  shuffle: False for evaluation: portrait, then landscape images in order.
+    keep_ratio: False stretches every image to the canvas (short, long) of `scale`, so that images
+    of both orientations share batches.  augmentation: of the images, by `load_batch`.
+    repeats: times every image is seen an epoch.
     """
 
     sizes: np.ndarray
@@ -57,6 +60,9 @@ class BatchPlan:
     flip: float = 0.0
     shuffle: bool = False
     seed: int = 0
+    keep_ratio: bool = True
+    augmentation: Literal["flip", "ssd"] = "flip"
+    repeats: int = 1
 
     def __post_init__(self):
         if not len(self.indices):
@@ -64,22 +70,26 @@ class BatchPlan:
 
     @functools.cached_property
     def _groups(self) -> list[np.ndarray]:
-        """Portrait and landscape images, apart: a batch has one orientation."""
+        """Portrait and landscape images, apart: unless stretched, a batch has one orientation."""
+        if not self.keep_ratio:
+            return [self.indices]
         height, width = self.sizes[self.indices].T
         groups = [self.indices[height > width], self.indices[height <= width]]
         return [group for group in groups if len(group)]
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches that hold every image once; the last one of each orientation is filled up."""
-        return sum(-(-len(group) // self.batch_size) for group in self._groups)
+        """Batches that hold every image `repeats` times; the last of each group is filled up."""
+        return sum(-(-len(group) * self.repeats // self.batch_size) for group in self._groups)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  (plans live as long as the run)
     def _epoch(self, epoch: int) -> list[Slots]:
         rng = np.random.default_rng((self.seed, epoch))
         batches = []
         for group in self._groups:
-            order = rng.permutation(group) if self.shuffle else group
+            order = np.concatenate(
+                [rng.permutation(group) if self.shuffle else group for _ in range(self.repeats)]
+            )
             for start in range(0, len(order), self.batch_size):
                 slots = order[start : start + self.batch_size]
                 filled = np.resize(slots, self.batch_size)  # repeats its own images
@@ -99,7 +109,9 @@ class BatchPlan:
         ]
 
     def _canvas(self, images: np.ndarray, short_side: int) -> tuple[int, int]:
-        """The smallest canvas that holds all of these images."""
+        """The smallest canvas that holds all of these images; the one of `scale` if stretched."""
+        if not self.keep_ratio:
+            return self.scale[1], self.scale[0]
         heights, widths = self.sizes[images].T
         heights, widths = resized_size(heights, widths, self.scale[0], short_side)
         needed = (int(heights.max()), int(widths.max()))

@@ -23,11 +23,14 @@ class Detections(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Inference:
-    """score_threshold: pairs at or below it are dropped.  nms_pre: pairs kept a level.
+    """score_threshold: pairs whose class score is at or below it are dropped.
 
+    nms_pre: pairs kept of each level.
     nms_iou: overlap above which the lower score of a class goes.  max_per_image: detections kept.
     padding_predicts: whether cells in the padding count. Without them detections do not depend on
     the canvas; the reference has them where a batch mixes image sizes.
+    clip_margin: boxes end this many pixels before the image's right and bottom border: 1 in
+    FoveaBox, 0 elsewhere.  drop_empty: whether boxes without area are dropped.
     """
 
     score_threshold: float = 0.05
@@ -35,18 +38,20 @@ class Inference:
     nms_iou: float = 0.6
     max_per_image: int = 100
     padding_predicts: bool = False
+    clip_margin: int = 0
+    drop_empty: bool = True
 
 
 def top_pairs(
-    scores: Float[Array, "cells classes"], k: int
+    scores: Float[Array, "priors classes"], k: int
 ) -> tuple[Float[Array, " k"], Int[Array, " k"], Int[Array, " k"]]:
-    """The k best (cell, class) pairs: scores, cells and classes; fewer if there are fewer pairs.
+    """The k best (prior, class) pairs: scores, priors and classes; fewer if there are fewer pairs.
 
-    A pair among the k best lies in one of the k cells with the best maximum, so that only their
+    A pair among the k best lies in one of the k priors with the best maximum, so that only their
     classes are ranked: a tenth of the work of ranking all pairs.
     """
-    cells, classes = scores.shape
-    _, best = lax.top_k(scores.max(1), min(k, cells))
+    priors, classes = scores.shape
+    _, best = lax.top_k(scores.max(1), min(k, priors))
     score, pair = lax.top_k(scores[best].reshape(-1), min(k, len(best) * classes))
     return score, best[pair // classes], pair % classes
 
@@ -60,10 +65,11 @@ def nms(
     """Greedy class-wise non-maximum suppression of one image.
 
     Takes the best remaining box and drops the boxes of its class that overlap it by more than
-    `nms_iou`, `max_per_image` times. Boxes without area and scores at the threshold never enter.
+    `nms_iou`, `max_per_image` times. Scores of 0 and (`drop_empty`) boxes without area never enter.
     """
-    size = boxes[:, 2:] - boxes[:, :2]
-    enters = (scores > inference.score_threshold) & (size > 0).all(1)
+    enters = scores > 0
+    if inference.drop_empty:
+        enters &= (boxes[:, 2:] > boxes[:, :2]).all(1)
     # Classes are moved apart so that boxes of different classes never overlap; in float32 as the
     # reference does it, since this rounds the boxes.
     extent = jnp.where(enters[:, None], boxes, 0.0).max() + 1

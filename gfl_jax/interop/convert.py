@@ -1,12 +1,13 @@
 """PyTorch checkpoints in and out: `python -m gfl_jax.interop.convert SRC DST`.
 
-SRC a .pth or .safetensors file, DST a folder: a detector of mmdetection (2.x or 3.x), or a
-torchvision or timm backbone that gets a random neck and head. DST becomes a work directory whose
-checkpoint is step 0: `python eval.py DST` evaluates it, `python train.py CONFIG --workdir DST`
-trains on from it.
+SRC a .pth or .safetensors file, DST a folder: a GFL, ATSS, FCOS, FoveaBox, RetinaNet or SSD512 of
+mmdetection (2.x or 3.x); or a torchvision or timm ResNet or the VGG-16 of SSD, which gets a random
+neck and head. DST becomes a work directory whose checkpoint is step 0: `python eval.py DST`
+evaluates it, `python train.py CONFIG --workdir DST` trains on from it.
 
 SRC a work directory or a folder of checkpoints, DST a new .pth file: written as mmdetection 3.x
-names and lays out its arrays (needs torch). What came in comes out bit by bit.
+names and lays out its arrays (needs torch). What came in comes out bit by bit. The experiment goes
+with them, so that every detector can be written and read again, also one mmdetection has not.
 """
 
 import dataclasses
@@ -14,19 +15,22 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 import tyro
 
+from gfl_jax import systems
 from gfl_jax.config import Experiment, from_dict, load_experiment, to_dict
-from gfl_jax.detectors.dense import Detector, GeneralDistribution
+from gfl_jax.detectors.box import GeneralDistribution
+from gfl_jax.detectors.dense import Detector
 from gfl_jax.host import plain_errors
 from gfl_jax.interop.names import load_state_dict, to_torch, torch_name
 from gfl_jax.interop.torch_files import read_torch_file
 from gfl_jax.models.network import Backbone, Model, Network, Variables
 from gfl_jax.models.resnet import BLOCKS
+from gfl_jax.models.ssd import SSDModel
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.loop import abstract_state
 from gfl_jax.training.step import init_state, sgd
@@ -34,6 +38,7 @@ from gfl_jax.training.step import init_state, sgd
 _OLD_NAMES = {
     r"bbox_head\.(?:fcos|fovea)_(cls|reg|centerness)\.": r"bbox_head.conv_\1.",
     r"(?:backbone|bbox_head)\.l2_norm\.": "neck.l2_norm.",
+    r"bbox_head\.(cls|reg)_convs\.(\d+)\.(weight|bias)$": r"bbox_head.\1_convs.\2.0.\3",
 }
 """Names of mmdetection 2.x and what they are called since."""
 
@@ -44,47 +49,95 @@ def modern_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     def renamed(name: str) -> str:
         for old, new in _OLD_NAMES.items():
             name = re.sub(f"^{old}", new, name)
+        # SSD's extra levels, two convolutions each, were one list.
+        if extra := re.match(r"backbone\.extra\.(\d+)\.(.*)", name):
+            level, conv = divmod(int(extra[1]), 2)
+            return f"neck.extra_layers.{level}.{conv}.conv.{extra[2]}"
         return name
 
     return {renamed(name): array for name, array in arrays.items()}
 
 
-def infer_experiment(arrays: Mapping[str, np.ndarray]) -> tuple[Experiment, int]:
-    """The experiment that a detector's arrays belong to, and its number of classes.
+def infer_experiment(arrays: Mapping[str, np.ndarray]) -> Experiment:
+    """The experiment that a detector's arrays belong to: one of `gfl_jax.systems`, of their sizes.
 
-    What arrays do not show (the schedule, thresholds, colours) is as in the configs for COCO.
+    What arrays do not show (the schedule, thresholds, colours, where bottlenecks stride) is as in
+    that system.
 
     Raises:
         ValueError: no detector of this project has such arrays.
     """
-    heads = sorted({name.split(".")[1] for name in arrays if name.startswith("bbox_head.")})
-    if "bbox_head.gfl_cls.weight" not in arrays:
+    if "backbone.features.0.weight" in arrays:
+        width = _shape(arrays, "backbone.features.0.weight")[0]
+        return systems.changed(systems.ssd512, model={"width": width})
+    heads = {name.split(".")[1] for name in arrays if re.match(r"bbox_head\..*\.weight$", name)}
+    if "gfl_cls" in heads:
+        system = systems.gfl
+    elif {"atss_cls", "atss_centerness"} <= heads:
+        system = systems.atss
+    elif {"conv_cls", "conv_centerness"} <= heads:
+        biased = "bbox_head.cls_convs.0.conv.bias" in arrays
+        system = systems.fcos_improved if biased else systems.fcos
+    elif "conv_cls" in heads and "bbox_head.cls_convs.0.gn.weight" not in arrays:
+        system = systems.foveabox
+    elif "retina_cls" in heads:
+        system = systems.retinanet
+    else:
         raise ValueError(
-            f"no detector of this project: its bbox_head has {', '.join(heads) or 'nothing'}; "
-            "GFL has gfl_cls and gfl_reg"
+            "no detector of this project: its bbox_head has "
+            f"{', '.join(sorted(heads)) or 'nothing'}; there are GFL (gfl_cls), ATSS (atss_cls, "
+            "atss_centerness), FCOS (conv_cls, conv_centerness), FoveaBox (conv_cls, no gn), "
+            "RetinaNet (retina_cls) and SSD512 (backbone.features); name the config of a variant "
+            "with --config"
         )
 
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in arrays or arrays[name].ndim != 4:
-            raise ValueError(f"{name} is missing or no kernel of a convolution")
-        return arrays[name].shape
-
-    def count(prefix: str) -> int:
-        return len({n.removeprefix(prefix).split(".")[0] for n in arrays if n.startswith(prefix)})
-
-    project = arrays.get("bbox_head.integral.project", np.arange(2.0))
-    model = Model(
-        backbone=_infer_backbone(arrays, "backbone."),
-        fpn_width=shape("neck.lateral_convs.0.conv.weight")[0],
-        head_width=shape("bbox_head.gfl_cls.weight")[1],
-        stacked_convs=count("bbox_head.cls_convs."),
+    model = system.model
+    assert isinstance(model, Model)
+    stacked = {n.split(".")[2] for n in arrays if n.startswith("bbox_head.cls_convs.")}
+    depth, width = _infer_resnet(arrays, "backbone.")
+    neck_width = _shape(arrays, "neck.lateral_convs.0.conv.weight")[0]
+    head_width = _shape(arrays, f"bbox_head.{model.head.names}_cls.weight")[1]
+    model = dataclasses.replace(
+        model,
+        backbone=dataclasses.replace(model.backbone, depth=depth, width=width),
+        neck=dataclasses.replace(model.neck, width=neck_width),
+        head=dataclasses.replace(model.head, width=head_width, stacked_convs=len(stacked)),
     )
-    box = GeneralDistribution(shape("bbox_head.gfl_reg.weight")[0] // 4 - 1, float(project[1]))
-    experiment = Experiment(model=model, detector=Detector(box=box))
-    return experiment, shape("bbox_head.gfl_cls.weight")[0]
+    system = dataclasses.replace(system, model=model)
+    if isinstance(system.detector.box, GeneralDistribution):
+        project = arrays.get("bbox_head.integral.project", np.arange(2.0))
+        n = _shape(arrays, "bbox_head.gfl_reg.weight")[0] // 4 - 1
+        box = GeneralDistribution(n, float(project[1]))
+        system = systems.changed(system, detector={"box": box})
+    return system
 
 
-def _infer_backbone(arrays: Mapping[str, np.ndarray], prefix: str) -> Backbone:
+def count_classes(arrays: Mapping[str, np.ndarray], experiment: Experiment) -> int:
+    """How many classes the arrays of an experiment's detector tell apart.
+
+    Raises:
+        ValueError: they are not of this detector.
+    """
+    model, detector = experiment.model, experiment.detector
+    last = "cls_convs.0.0" if isinstance(model, SSDModel) else f"{model.head.names}_cls"
+    channels = _shape(arrays, f"bbox_head.{last}.weight")[0]
+    classes, rest = divmod(channels, detector.priors.per_cell[0])
+    if rest:
+        raise ValueError(
+            f"bbox_head.{last}.weight has {channels} channels, no multiple of the "
+            f"{detector.priors.per_cell[0]} priors a cell of {detector.priors}"
+        )
+    return classes - detector.classification.channels(0)
+
+
+def _shape(arrays: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
+    if name not in arrays or arrays[name].ndim != 4:
+        raise ValueError(f"{name} is missing or no kernel of a convolution")
+    return arrays[name].shape
+
+
+def _infer_resnet(arrays: Mapping[str, np.ndarray], prefix: str) -> tuple[int, int]:
+    """Depth and width."""
     stages = [
         len({name.split(".")[1] for name in names})
         for stage in range(1, 5)
@@ -94,7 +147,7 @@ def _infer_backbone(arrays: Mapping[str, np.ndarray], prefix: str) -> Backbone:
     stem = arrays.get(f"{prefix}conv1.weight", np.zeros(0))
     for depth, blocks in BLOCKS.items():
         if tuple(stages) == blocks and bottleneck == (depth >= 50):
-            return Backbone(depth=depth, width=len(stem))
+            return depth, len(stem)
     raise ValueError(
         f"no ResNet of this project: it has stages of {stages or 'no'} blocks; there are "
         + ", ".join(f"{depth}: {blocks}" for depth, blocks in BLOCKS.items())
@@ -109,12 +162,23 @@ def state_dict(network: Network, variables: Variables, detector: Detector) -> di
         arrays[name] = to_torch(path, array)
         if name.endswith("running_var"):
             arrays[name.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
-    bins = np.arange(detector.box.n + 1, dtype=np.float32)
-    return arrays | {"bbox_head.integral.project": bins * np.float32(detector.box.delta)}
+    if isinstance(detector.box, GeneralDistribution):
+        bins = np.arange(detector.box.n + 1, dtype=np.float32)
+        arrays["bbox_head.integral.project"] = bins * np.float32(detector.box.delta)
+    return arrays
 
 
-def read_detector(source: Path, config: str = "") -> tuple[Experiment, Network, Variables]:
-    """A detector from a PyTorch file: its experiment, network and arrays.
+class Loaded(NamedTuple):
+    """A detector from a PyTorch file."""
+
+    experiment: Experiment
+    num_classes: int
+    network: Network
+    variables: Variables
+
+
+def read_detector(source: Path, config: str = "") -> Loaded:
+    """A detector from a PyTorch file.
 
     Args:
         source: .pth or .safetensors file.
@@ -132,20 +196,22 @@ def read_detector(source: Path, config: str = "") -> tuple[Experiment, Network, 
 
 def _detector(
     arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], source: Path, config: str
-) -> tuple[Experiment, Network, Variables]:
+) -> Loaded:
     arrays = modern_names(arrays)
-    experiment, num_classes = infer_experiment(arrays)
     if config:
         experiment = load_experiment(config)
     elif isinstance(meta.get("gfl_jax"), str):
         experiment = from_dict(Experiment, json.loads(meta["gfl_jax"]))
-    network = Network(experiment.model, num_classes, experiment.detector.box.channels)
+    else:
+        experiment = infer_experiment(arrays)
+    num_classes = count_classes(arrays, experiment)
+    network = Network(experiment.model, experiment.detector.predicts(num_classes))
     abstract = jax.eval_shape(lambda: network.init(0))
     loaded, report = load_state_dict(
         network.by_path(abstract), arrays, ignore=(r"bbox_head\.integral\.project",)
     )
     report.raise_if_any(source)
-    return experiment, network, network.replaced(abstract, loaded)
+    return Loaded(experiment, num_classes, network, network.replaced(abstract, loaded))
 
 
 def import_checkpoint(
@@ -173,22 +239,32 @@ def import_checkpoint(
     about = _categories(meta, annotations)
     count = len(about["category_names"])
     if any(name.startswith("bbox_head.") for name in arrays):
-        experiment, network, variables = _detector(arrays, meta, source, config)
-        if (classes := variables.params["bbox_head.gfl_cls.bias"].size) != count:
+        experiment, classes, network, variables = _detector(arrays, meta, source, config)
+        if classes != count:
             raise ValueError(f"{source} has {classes} classes, the categories given are {count}")
     else:
-        experiment = (
-            load_experiment(config) if config else Experiment(Model(_infer_backbone(arrays, "")))
-        )
-        backbone = dataclasses.replace(experiment.model.backbone, pretrained=str(source))
-        model = dataclasses.replace(experiment.model, backbone=backbone)
-        network = Network(model, count, experiment.detector.box.channels)
+        experiment = load_experiment(config) if config else _around_backbone(arrays)
+        model = experiment.model
+        if isinstance(model, SSDModel):
+            model = dataclasses.replace(model, pretrained=str(source))
+        else:
+            backbone = dataclasses.replace(model.backbone, pretrained=str(source))
+            model = dataclasses.replace(model, backbone=backbone)
+        network = Network(model, experiment.detector.predicts(count))
         variables = network.load_pretrained(network.init(experiment.train.seed))
     state = init_state(variables, sgd(experiment.train, lambda step: 0.0), experiment.train)
     checkpoints = Checkpoints(folder / "checkpoints")
     checkpoints.save(0, jax.tree.map(np.asarray, state), experiment, about)
     checkpoints.close()
     return experiment, len(arrays)
+
+
+def _around_backbone(arrays: Mapping[str, np.ndarray]) -> Experiment:
+    """SSD512 for a VGG-16, GFL for a ResNet."""
+    if "features.0.weight" in arrays:
+        width = _shape(arrays, "features.0.weight")[0]
+        return systems.changed(systems.ssd512, model={"width": width})
+    return Experiment(Model(Backbone(*_infer_resnet(arrays, ""))))
 
 
 def _categories(meta: Mapping[str, Any], annotations: str) -> dict[str, Any]:
@@ -228,7 +304,7 @@ def export_checkpoint(source: Path, file: Path) -> int:
     checkpoints = Checkpoints.find(source)
     experiment, about = checkpoints.about()
     names = about["category_names"]
-    network = Network(experiment.model, len(names), experiment.detector.box.channels)
+    network = Network(experiment.model, experiment.detector.predicts(len(names)))
     variables = checkpoints.restore(
         abstract_state(network, experiment.train), experiment
     ).evaluated()

@@ -3,8 +3,8 @@
     python -m gfl_jax.interop.crosscheck IMAGE... --checkpoint X.pth
 
 Compares this project with mmdetection stage by stage, from the network's input to the detections,
-prints a table and exits with status 1 where they differ. Without mmdetection it compares with the
-plain PyTorch model of this repository's tests, and says so.
+prints a table and exits with status 1 where they differ. Without mmdetection it compares a GFL with
+the plain PyTorch model of this repository's tests, and says so.
 """
 
 import dataclasses
@@ -19,16 +19,31 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from gfl_jax.config import Experiment, to_dict
 from gfl_jax.data import images as pixels
-from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.postprocess import Inference
 from gfl_jax.host import plain_errors
 from gfl_jax.interop import mmdet_stages
 from gfl_jax.interop.convert import read_detector, state_dict
 from gfl_jax.interop.stages import Stages, make_batch, stages
-from gfl_jax.models.network import Model
+from gfl_jax.models.network import Network
 
 PLAIN = Path(__file__).parents[2] / "tests" / "torch_gfl.py"
+PLAIN_FIXED = {
+    field: allowed
+    for field, allowed in mmdet_stages.FIXED["GFLHead"].items()
+    if field != "detector.box.delta"
+} | {
+    "model.backbone.caffe": (False,),
+    "model.neck.extra_from": ("output",),
+    "model.neck.extra_relu": (False,),
+    "model.head.names": ("gfl",),
+    "model.head.norm": ("gn",),
+    "model.channel_order": ("rgb",),
+    "detector.box_loss.loss": ("giou",),
+    "detector.inference.drop_empty": (True,),
+}
+"""What the plain model leaves no choice in."""
 
 TOLERANCE = {"input": 1e-6, "backbone": 1e-4, "feature": 1e-4, "head": 1e-4, "loss": 1e-4}
 """Relative to the largest value of the reference, float32."""
@@ -51,31 +66,9 @@ class Row:
     where: str = ""
 
 
-def settings(model: Model, detector: Detector, num_classes: int) -> dict[str, Any]:
+def settings(experiment: Experiment, num_classes: int) -> dict[str, Any]:
     """What the other program has to know, as JSON."""
-    return {
-        "depth": model.backbone.depth,
-        "width": model.backbone.width,
-        "fpn_width": model.fpn_width,
-        "head_width": model.head_width,
-        "stacked_convs": model.stacked_convs,
-        "mean": model.mean,
-        "std": model.std,
-        "num_classes": num_classes,
-        "anchor_scale": detector.priors.scale,
-        "center_offset": detector.priors.center_offset,
-        "strides": detector.priors.strides,
-        "topk": detector.assigner.topk,
-        "n": detector.box.n,
-        "delta": detector.box.delta,
-        "beta": detector.classification.beta,
-        "box_weight": detector.box_weight,
-        "dfl_weight": detector.dfl_weight,
-        "score_threshold": detector.inference.score_threshold,
-        "nms_pre": detector.inference.nms_pre,
-        "nms_iou": detector.inference.nms_iou,
-        "max_per_image": detector.inference.max_per_image,
-    }
+    return {**to_dict(experiment), "num_classes": num_classes}
 
 
 def run_reference(job: dict[str, Any], python: str) -> tuple[str, Stages]:
@@ -86,8 +79,10 @@ def run_reference(job: dict[str, Any], python: str) -> tuple[str, Stages]:
         python: interpreter of the environment that mmdetection is in.
 
     Raises:
+        ValueError: it has no such detector; the message names the choices.
         RuntimeError: it fails; the message is its own.
     """
+    config = json.loads(job["config"])
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder) / name) for name in ("job.npz", "out.npz")]
         np.savez(files[0], **job)
@@ -95,25 +90,33 @@ def run_reference(job: dict[str, Any], python: str) -> tuple[str, Stages]:
         def run(program: Path, interpreter: str) -> int:
             command = [interpreter, str(program), *files]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == mmdet_stages.REFUSED:
+                raise ValueError(done.stdout.strip())
             if done.returncode not in (0, mmdet_stages.MISSING):
                 raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
             return done.returncode
 
         name = "mmdetection"
         if run(Path(mmdet_stages.__file__), python) == mmdet_stages.MISSING:
+            missing = f"mmdetection is not installed for {python}"
             if not PLAIN.is_file():
-                raise RuntimeError(f"mmdetection is not installed for {python}, and no {PLAIN}")
+                raise RuntimeError(f"{missing}, and no {PLAIN}")
+            if unknown := mmdet_stages.differences(config, PLAIN_FIXED):
+                raise RuntimeError(
+                    f"{missing}; this detector needs it (--python), since the plain PyTorch model "
+                    f"of tests/ is a GFL: it has no {'; '.join(unknown)}"
+                )
             name = "the plain PyTorch model of tests/ (mmdetection is not installed)"
             run(PLAIN, sys.executable)
         with np.load(files[1]) as out:
             return name, dict(out)
 
 
-def title(stage: str) -> str:
+def title(stage: str, ssd: bool = False) -> str:
     """What people call a stage: C2 for `backbone.0`, P3 for `feature.P3`, and so on."""
     kind, _, name = stage.partition(".")
     if kind == "backbone":
-        return f"C{int(name) + 2}"
+        return ("conv4_3", "fc7")[int(name)] if ssd else f"C{int(name) + 2}"
     if kind == "head":
         branch, level = name.split(".")
         return f"{level} {branch}_logits"
@@ -122,14 +125,15 @@ def title(stage: str) -> str:
 
 def compare(ours: Stages, theirs: Stages, inference: Inference) -> list[Row]:
     """A row for each stage of the reference, in its order."""
-    rows = []
+    rows, ssd = [], "feature.S0" in theirs
     for name, expected in theirs.items():
         if name.startswith("det."):
             continue
-        found, tolerance = np.asarray(ours[name], np.float64), TOLERANCE[name.split(".")[0]]
+        stage, tolerance = title(name, ssd), TOLERANCE[name.split(".")[0]]
+        found = np.asarray(ours.get(name, 0.0), np.float64)
         if found.shape != expected.shape:
             shapes = f"shape {found.shape}, expected {expected.shape}"
-            rows.append(Row(title(name), np.inf, np.inf, tolerance, shapes))
+            rows.append(Row(stage, np.inf, np.inf, tolerance, shapes))
             continue
         difference, largest = np.abs(found - expected), np.abs(expected).max(initial=1e-12)
         bad = ~(difference / largest <= tolerance)
@@ -138,7 +142,7 @@ def compare(ours: Stages, theirs: Stages, inference: Inference) -> list[Row]:
             index = tuple(int(i) for i in np.argwhere(bad)[0])
             where = f"{list(index)}: {found[index]:.6g}, expected {expected[index]:.6g}"
         absolute = float(difference.max(initial=0))
-        rows.append(Row(title(name), absolute, float(absolute / largest), tolerance, where))
+        rows.append(Row(stage, absolute, float(absolute / largest), tolerance, where))
     count = sum(name.startswith("det.boxes.") for name in theirs)
     return rows + [_compare_detections(ours, theirs, i, inference) for i in range(count)]
 
@@ -203,7 +207,7 @@ def print_table(rows: list[Row]) -> None:
 def main(
     files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")],
     checkpoint: Path,
-    scale: tuple[int, int] = (1333, 800),
+    scale: tuple[int, int] | None = None,
     python: str = sys.executable,
     config: str = "",
 ) -> int:
@@ -212,7 +216,7 @@ def main(
     Args:
         files: images, one or more.
         checkpoint: .pth of a detector.
-        scale: (long, short) sides that images are resized to fit.
+        scale: (long, short) sides that images are resized to fit; None: those of the experiment.
         python: interpreter of the environment that mmdetection is in.
         config: config of the model, where the arrays alone do not tell it.
 
@@ -221,17 +225,27 @@ def main(
     """
     if not files:
         raise ValueError("name at least one image")
-    experiment, network, variables = read_detector(checkpoint, config)
+    experiment, num_classes, _, variables = read_detector(checkpoint, config)
+    data, model = experiment.data, dataclasses.replace(experiment.model, dtype="float32")
     detector = dataclasses.replace(
         experiment.detector,
         inference=dataclasses.replace(experiment.detector.inference, padding_predicts=True),
     )
-    num_classes = len(variables.params["bbox_head.gfl_cls.bias"])
+    network = Network(model, detector.predicts(num_classes))
+    if not data.keep_ratio and scale not in (None, data.scale):
+        raise ValueError(
+            f"--scale is {scale}, but this detector stretches images to {data.scale} (width, "
+            "height): leave it out"
+        )
+    width, height = scale or data.scale
     rng = np.random.default_rng(0)
     resized, boxes, labels = [], [], []
     for file in files:
         image = pixels.decode(file.read_bytes(), name=str(file))
-        image, _ = pixels.resize_keep_ratio(image, *scale)
+        if data.keep_ratio:
+            image, _ = pixels.resize_keep_ratio(image, width, height)
+        else:
+            image, _ = pixels.resize(image, (height, width))
         # Losses need objects; any will do.
         corners = rng.uniform(0, 1, (6, 2, 2)) * image.shape[1::-1]
         resized.append(image)
@@ -241,7 +255,7 @@ def main(
     job = {
         "images": batch.images,
         "sizes": batch.sizes,
-        "config": json.dumps(settings(experiment.model, detector, num_classes)),
+        "config": json.dumps(settings(experiment, num_classes)),
         **{f"boxes.{i}": b for i, b in enumerate(boxes)},
         **{f"labels.{i}": b for i, b in enumerate(labels)},
         **{f"param.{k}": v for k, v in state_dict(network, variables, detector).items()},

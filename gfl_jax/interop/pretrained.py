@@ -46,7 +46,7 @@ def find_pretrained(name_or_path: str) -> Path:
         raise FileNotFoundError(
             f"could not fetch {name_or_path} from the Hugging Face hub ({type(error).__name__}): "
             f"download model.safetensors of {name_or_path} and pass "
-            f"--model.backbone.pretrained PATH, or put it at {kept}"
+            f"--model.backbone.pretrained PATH (of SSD: --model.pretrained), or put it at {kept}"
         ) from error
 
 
@@ -55,7 +55,7 @@ def load_backbone(backbone_state: Mapping[tuple, Any], source: str) -> dict[tupl
 
     Args:
         backbone_state: The backbone's variables by path, such as ('layer1', 0, 'conv1', 'kernel').
-        source: A file or a name, see `find_pretrained`. The classifier `fc` is ignored.
+        source: A file or a name, see `find_pretrained`. The classifier is ignored.
 
     Returns:
         A new mapping of the same paths, shapes and dtypes with the arrays of the file.
@@ -66,6 +66,6 @@ def load_backbone(backbone_state: Mapping[tuple, Any], source: str) -> dict[tupl
             missing, unexpected or of another shape is listed.
     """
     arrays, _ = read_torch_file(find_pretrained(source))
-    loaded, report = load_state_dict(backbone_state, arrays, ignore=(r"fc\.",))
+    loaded, report = load_state_dict(backbone_state, arrays, ignore=(r"fc\.", r"classifier\."))
     report.raise_if_any(source)
     return loaded

@@ -1,7 +1,10 @@
 """Feature pyramid (Lin et al., arXiv 1612.03144) with two extra levels, P6 and P7."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -10,13 +13,27 @@ from jaxtyping import Array, Float
 from gfl_jax.models.layers import ConvModule, upsample_nearest
 
 
+@dataclasses.dataclass(frozen=True)
+class Neck:
+    """The pyramid. width: its channels, 256 in the paper.
+
+    extra_from: what P6 is a strided convolution of: P5 ('output'; GFL, ATSS, FCOS) or C5 ('input';
+        RetinaNet, FoveaBox). P7 is one of P6.
+    extra_relu: whether a ReLU lies between P6 and P7 (FCOS).
+    """
+
+    width: int = 256
+    extra_from: Literal["output", "input"] = "output"
+    extra_relu: bool = False
+
+
 class FPN(nnx.Module):
-    """C3, C4, C5 to P3..P7 at strides 8..128; P6 and P7 are strided convolutions on P5."""
+    """C2..C5, of which C2 is not used, to P3..P7 at strides 8..128."""
 
     def __init__(
         self,
         in_features: Sequence[int],
-        width: int = 256,
+        neck: Neck = Neck(),
         *,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -24,7 +41,7 @@ class FPN(nnx.Module):
         def conv(c_in, kernel_size, stride=1):
             return ConvModule(
                 c_in,
-                width,
+                neck.width,
                 kernel_size,
                 stride=stride,
                 kernel_init=nnx.initializers.xavier_uniform(),
@@ -32,18 +49,22 @@ class FPN(nnx.Module):
                 rngs=rngs,
             )
 
-        self.lateral_convs = nnx.List([conv(c, 1) for c in in_features])
-        self.fpn_convs = nnx.List(
-            [conv(width, 3) for _ in in_features] + [conv(width, 3, stride=2) for _ in range(2)]
-        )
+        self.neck = neck
+        used = in_features[1:]
+        first = used[-1] if neck.extra_from == "input" else neck.width
+        extra = [conv(first, 3, stride=2), conv(neck.width, 3, stride=2)]
+        self.lateral_convs = nnx.List([conv(c, 1) for c in used])
+        self.fpn_convs = nnx.List([conv(neck.width, 3) for _ in used] + extra)
 
     def __call__(
         self, features: Sequence[Float[Array, "b _ _ _"]]
     ) -> list[Float[Array, "b _ _ c"]]:
-        merged = [lateral(x) for lateral, x in zip(self.lateral_convs, features, strict=True)]
+        used = features[1:]
+        merged = [lateral(x) for lateral, x in zip(self.lateral_convs, used, strict=True)]
         for i in reversed(range(len(merged) - 1)):
             merged[i] = merged[i] + upsample_nearest(merged[i + 1], merged[i].shape[1:3])
         levels = [conv(x) for conv, x in zip(self.fpn_convs, merged, strict=False)]
-        for conv in self.fpn_convs[len(merged) :]:
-            levels.append(conv(levels[-1]))
-        return levels
+        to_p6, to_p7 = self.fpn_convs[len(merged) :]
+        p6 = to_p6(used[-1] if self.neck.extra_from == "input" else levels[-1])
+        p7 = to_p7(jax.nn.relu(p6) if self.neck.extra_relu else p6)
+        return [*levels, p6, p7]

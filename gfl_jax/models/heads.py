@@ -1,8 +1,9 @@
 """Dense heads: two towers shared by all pyramid levels, and what they predict per cell."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,19 +13,138 @@ from jaxtyping import Array, Float
 from gfl_jax.models.layers import ConvModule, conv2d
 
 _normal = nnx.initializers.normal(0.01)
-# Every class starts at score 0.01: the focal-type losses then start small.
-_prior_bias = nnx.initializers.constant(-math.log((1 - 0.01) / 0.01))
+PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)
+"""Initial bias of class logits: every class starts at score 0.01, and focal losses small."""
 
 
 class Outputs(NamedTuple):
-    """What a head predicts, level by level (P3 first), float32.
+    """What a head predicts, level by level (finest first), float32.
+
+    The channels of a cell hold its priors one after another.
 
     cls_logits: logits, not scores; joint with the IoU in GFL.
-    box_logits: regression channels after the level's Scale, side-major (l, t, r, b) times bins.
+    box_logits: regression channels after the level's Scale; in GFL side-major (l, t, r, b) times
+    bins.  quality_logits: one a prior, or no level at all without a quality branch.
     """
 
     cls_logits: list[Float[Array, "b _ _ classes"]]
     box_logits: list[Float[Array, "b _ _ channels"]]
+    quality_logits: Sequence[Float[Array, "b _ _ priors"]] = ()
+
+
+class Predicts(NamedTuple):
+    """What a head has to predict.
+
+    cls, box: channels of a prior.  quality: name of the quality branch, empty for none.
+    per_cell: priors a cell of each level.  cls_bias: initial bias of the class logits.
+    """
+
+    cls: int
+    box: int
+    quality: str = ""
+    per_cell: tuple[int, ...] = (1, 1, 1, 1, 1)
+    cls_bias: float = PRIOR_BIAS
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The head. names: of its last convolutions, as mmdetection calls them: 'gfl' for gfl_cls, ...
+
+    width: channels of the towers (256 in the paper).  stacked_convs: convolutions a tower.
+    norm: gn for GroupNorm of 32 groups, so that width is a multiple of 32.
+    conv_bias: whether the towers' convolutions have biases although a norm follows (FCOS).
+    quality_on: tower of the quality branch.  scales: whether each level scales its regression.
+    """
+
+    names: Literal["gfl", "atss", "conv", "retina"] = "gfl"
+    width: int = 256
+    stacked_convs: int = 4
+    norm: Literal["gn", "none"] = "gn"
+    conv_bias: bool = False
+    quality_on: Literal["reg", "cls"] = "reg"
+    scales: bool = True
+
+
+class DenseHead(nnx.Module):
+    """Classes, boxes and maybe quality of every cell; in GFL a class's score is the quality."""
+
+    def __init__(
+        self,
+        in_features: int,
+        predicts: Predicts,
+        head: Head = Head(),
+        *,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Build with the reference's initial weights: N(0, 0.01), biases 0, class bias -4.595.
+
+        Args:
+            in_features: channels of the pyramid.
+            predicts: the outputs.
+            head: its sizes.
+            dtype: of the convolutions; outputs are float32.
+            rngs: source of the initial weights.
+
+        Raises:
+            ValueError: the levels have different numbers of priors a cell.
+        """
+        if len(set(predicts.per_cell)) > 1:
+            raise ValueError(
+                f"this head is shared by all levels; detector.priors have {predicts.per_cell} "
+                "priors a cell"
+            )
+
+        def tower():
+            return nnx.List(
+                ConvModule(
+                    in_features if i == 0 else head.width,
+                    head.width,
+                    3,
+                    bias=head.conv_bias or head.norm == "none",
+                    norm_groups=32 if head.norm == "gn" else 0,
+                    relu=True,
+                    kernel_init=_normal,
+                    dtype=dtype,
+                    rngs=rngs,
+                )
+                for i in range(head.stacked_convs)
+            )
+
+        def last(branch, features, **kwargs):
+            c_in = head.width if head.stacked_convs else in_features
+            conv = conv2d(c_in, features, 3, kernel_init=_normal, dtype=dtype, rngs=rngs, **kwargs)
+            setattr(self, f"{head.names}_{branch}", conv)
+
+        self.head, self.quality = head, predicts.quality
+        self.cls_convs, self.reg_convs = tower(), tower()
+        priors = predicts.per_cell[0]
+        bias_init = nnx.initializers.constant(predicts.cls_bias)
+        last("cls", priors * predicts.cls, bias_init=bias_init)
+        last("reg", priors * predicts.box)
+        if predicts.quality:
+            last(predicts.quality, priors)
+        levels = len(predicts.per_cell) if head.scales else 0
+        self.scales = nnx.List(Scale() for _ in range(levels))
+
+    def __call__(self, levels: Sequence[Float[Array, "b _ _ c"]]) -> Outputs:
+        def last(branch, x):
+            return getattr(self, f"{self.head.names}_{branch}")(x).astype(jnp.float32)
+
+        outputs = Outputs([], [], [])
+        for level, x in enumerate(levels):
+            towers = {"cls": x, "reg": x}
+            for conv in self.cls_convs:
+                towers["cls"] = conv(towers["cls"])
+            for conv in self.reg_convs:
+                towers["reg"] = conv(towers["reg"])
+            box = last("reg", towers["reg"])
+            outputs.cls_logits.append(last("cls", towers["cls"]))
+            outputs.box_logits.append(self.scales[level](box) if self.head.scales else box)
+            if self.quality:
+                quality = last(self.quality, towers[self.head.quality_on])
+                outputs.quality_logits.append(quality)  # type: ignore[attr-defined]
+        return outputs
 
 
 class Scale(nnx.Module):
@@ -35,67 +155,3 @@ class Scale(nnx.Module):
 
     def __call__(self, x):
         return x * self.scale[...]
-
-
-class GFLHead(nnx.Module):
-    """The head of GFL: classification-IoU logits and one distribution of n+1 bins per box side."""
-
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        box_channels: int,
-        *,
-        width: int = 256,
-        stacked_convs: int = 4,
-        num_levels: int = 5,
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        """Build with the reference's initial weights: N(0, 0.01), biases 0, class bias -4.595.
-
-        Args:
-            in_features: channels of the pyramid.
-            num_classes: outputs of the classification branch.
-            box_channels: outputs of the regression branch, 4 * (n + 1) for GFL.
-            width: channels of the towers; a multiple of 32 (GroupNorm has 32 groups).
-            stacked_convs: convolutions per tower.
-            num_levels: pyramid levels, one Scale each.
-            dtype: of the convolutions; outputs are float32.
-            rngs: source of the initial weights.
-        """
-
-        def tower():
-            return nnx.List(
-                ConvModule(
-                    in_features if i == 0 else width,
-                    width,
-                    3,
-                    norm_groups=32,
-                    relu=True,
-                    kernel_init=_normal,
-                    dtype=dtype,
-                    rngs=rngs,
-                )
-                for i in range(stacked_convs)
-            )
-
-        self.cls_convs, self.reg_convs = tower(), tower()
-        c_in = width if stacked_convs else in_features
-        self.gfl_cls = conv2d(
-            c_in, num_classes, 3, kernel_init=_normal, bias_init=_prior_bias, dtype=dtype, rngs=rngs
-        )
-        self.gfl_reg = conv2d(c_in, box_channels, 3, kernel_init=_normal, dtype=dtype, rngs=rngs)
-        self.scales = nnx.List(Scale() for _ in range(num_levels))
-
-    def __call__(self, levels: Sequence[Float[Array, "b _ _ c"]]) -> Outputs:
-        cls_logits, box_logits = [], []
-        for x, scale in zip(levels, self.scales, strict=True):
-            cls, reg = x, x
-            for conv in self.cls_convs:
-                cls = conv(cls)
-            for conv in self.reg_convs:
-                reg = conv(reg)
-            cls_logits.append(self.gfl_cls(cls).astype(jnp.float32))
-            box_logits.append(scale(self.gfl_reg(reg).astype(jnp.float32)))
-        return Outputs(cls_logits, box_logits)

@@ -163,7 +163,10 @@ def normalization(
 
 
 class ConvModule(nnx.Module):
-    """Convolution, then optionally GroupNorm and ReLU, named as in the reference's ConvModule."""
+    """Convolution, then optionally GroupNorm and ReLU, named as in the reference's ConvModule.
+
+    bias: of the convolution; None: unless a norm follows.
+    """
 
     def __init__(
         self,
@@ -172,6 +175,7 @@ class ConvModule(nnx.Module):
         kernel_size: int,
         *,
         stride: int = 1,
+        bias: bool | None = None,
         norm_groups: int = 0,
         relu: bool = False,
         kernel_init: jax.nn.initializers.Initializer,
@@ -183,7 +187,7 @@ class ConvModule(nnx.Module):
             out_features,
             kernel_size,
             stride=stride,
-            bias=not norm_groups,
+            bias=not norm_groups if bias is None else bias,
             kernel_init=kernel_init,
             dtype=dtype,
             rngs=rngs,
@@ -199,15 +203,20 @@ class ConvModule(nnx.Module):
         return jax.nn.relu(x) if self.relu else x
 
 
-def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b ho wo c"]:
-    """3x3 max-pooling of stride 2, padded by one with -inf on each side, as PyTorch does.
+def max_pool(
+    x: Float[Array, "b h w c"],
+    window: int = 3,
+    stride: int = 2,
+    padding: tuple[int, int] = (1, 1),
+) -> Float[Array, "b ho wo c"]:
+    """Max-pooling padded with -inf (before, after) on both axes, as PyTorch does; ResNet's stem's.
 
     As maxima of slices: the gradient of XLA's window reduction takes twice the time on CPUs.
     """
-    h, w = ((side - 1) // 2 * 2 + 1 for side in x.shape[1:3])
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-    x = functools.reduce(jnp.maximum, [x[:, i : i + h : 2] for i in range(3)])
-    return functools.reduce(jnp.maximum, [x[:, :, j : j + w : 2] for j in range(3)])
+    h, w = ((side + sum(padding) - window) // stride * stride + 1 for side in x.shape[1:3])
+    x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)), constant_values=-jnp.inf)
+    x = functools.reduce(jnp.maximum, [x[:, i : i + h : stride] for i in range(window)])
+    return functools.reduce(jnp.maximum, [x[:, :, j : j + w : stride] for j in range(window)])
 
 
 def upsample_nearest(x: Float[Array, "b h w c"], size: Sequence[int]) -> Float[Array, "b ho wo c"]:

@@ -8,6 +8,7 @@ optimiser trains, `frozen`, pretrained stages that receive neither gradient nor 
 
 import dataclasses
 import functools
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -18,10 +19,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gfl_jax.interop.pretrained import load_backbone
-from gfl_jax.models.fpn import FPN
-from gfl_jax.models.heads import GFLHead, Outputs
+from gfl_jax.models.fpn import FPN, Neck
+from gfl_jax.models.heads import DenseHead, Head, Outputs, Predicts
 from gfl_jax.models.layers import Norm
 from gfl_jax.models.resnet import ResNet, out_features
+from gfl_jax.models.ssd import SSD, SSDModel
 
 Arrays = dict[str, jax.Array]
 
@@ -41,6 +43,8 @@ class Backbone:
     norm: frozen_bn for pretrained weights, bn or gn for training from random ones.
     frozen_stages: -1 none, 0 the stem, 1 stem and first stage, ... : no gradient, no weight decay.
     pretrained: a .pth or .safetensors file, or a Hugging Face name such as timm/resnet50.tv_in1k.
+    caffe: whether bottlenecks stride on their first 1x1, as the weights from Detectron do.
+    train_norm: whether scales and biases of norm layers are trained.
     """
 
     depth: int = 50
@@ -48,6 +52,8 @@ class Backbone:
     norm: Norm = "frozen_bn"
     frozen_stages: int = 1
     pretrained: str = ""
+    caffe: bool = False
+    train_norm: bool = True
 
     def __post_init__(self):
         if not -1 <= self.frozen_stages <= 4:
@@ -61,61 +67,70 @@ class Backbone:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The network's sizes.
+    """The network: ResNet, pyramid and head.
 
-    fpn_width, head_width: channels of pyramid and towers (256 in the paper; multiples of 32).
-    stacked_convs: convolutions per tower.  dtype: of the convolutions; parameters, norm statistics
-    and head outputs are float32 always.  mean, std: of RGB pixels, 0 to 255.
+    dtype: of the convolutions; parameters, norm statistics and head outputs are float32 always.
+    mean, std: of pixels, 0 to 255, in `channel_order`, which is that of the pretrained weights.
     """
 
     backbone: Backbone = Backbone()
-    fpn_width: int = 256
-    head_width: int = 256
-    stacked_convs: int = 4
+    neck: Neck = Neck()
+    head: Head = Head()
     dtype: Literal["float32", "bfloat16"] = "float32"
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+
+    @property
+    def pretrained(self) -> str:
+        """That of the backbone."""
+        return self.backbone.pretrained
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether a parameter, by its dotted path, is of a frozen stage or norm layer."""
+        stages = self.backbone.frozen_stages
+        prefixes = ["conv1.", "bn1."] * (stages >= 0) + [f"layer{i + 1}." for i in range(stages)]
+        if name.startswith(tuple(f"backbone.{prefix}" for prefix in prefixes)):
+            return True
+        norm = re.match(r"backbone\.(.*\.)?(bn\d|downsample\.1)\.", name)
+        return bool(norm) and not self.backbone.train_norm
 
 
 class DenseNetwork(nnx.Module):
     """Backbone, neck and head; images normalised, P3..P7 inside."""
 
-    def __init__(self, model: Model, num_classes: int, box_channels: int, *, rngs: nnx.Rngs):
+    def __init__(self, model: Model, predicts: Predicts, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(model.dtype)
         resnet = model.backbone
         self.backbone = ResNet(
-            resnet.depth, width=resnet.width, norm=resnet.norm, dtype=dtype, rngs=rngs
-        )
-        self.neck = FPN(
-            out_features(resnet.depth, resnet.width)[1:], model.fpn_width, dtype=dtype, rngs=rngs
-        )
-        self.bbox_head = GFLHead(
-            model.fpn_width,
-            num_classes,
-            box_channels,
-            width=model.head_width,
-            stacked_convs=model.stacked_convs,
+            resnet.depth,
+            width=resnet.width,
+            norm=resnet.norm,
+            caffe=resnet.caffe,
             dtype=dtype,
             rngs=rngs,
         )
+        features = out_features(resnet.depth, resnet.width)
+        self.neck = FPN(features, model.neck, dtype=dtype, rngs=rngs)
+        self.bbox_head = DenseHead(model.neck.width, predicts, model.head, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Outputs:
-        return self.bbox_head(self.neck(self.backbone(images)[1:]))
+        return self.bbox_head(self.neck(self.backbone(images)))
 
 
 class Network:
     """`init` makes the arrays, `apply` is the pure forward pass over them."""
 
-    def __init__(self, model: Model, num_classes: int, box_channels: int):
+    def __init__(self, model: Model | SSDModel, predicts: Predicts):
         """Describe the network; nothing is computed yet.
 
         Args:
             model: sizes.
-            num_classes: classes of the data.
-            box_channels: regression outputs of a cell.
+            predicts: what a detector needs of it, `Detector.predicts(num_classes)`.
         """
         self.model = model
-        self._build = functools.partial(DenseNetwork, model, num_classes, box_channels)
+        module: Any = SSD if isinstance(model, SSDModel) else DenseNetwork
+        self._build = functools.partial(module, model, predicts)
         network = nnx.eval_shape(lambda: self._build(rngs=nnx.Rngs(0)))
         self.paths = [path for path, _ in nnx.to_flat_state(nnx.state(network))]
         network.train()
@@ -127,20 +142,20 @@ class Network:
         """Random weights."""
         network = self._build(rngs=nnx.Rngs(seed))
         params = _flat(nnx.state(network, nnx.Param))
-        frozen = {name: params.pop(name) for name in list(params) if self._is_frozen(name)}
+        frozen = {name: params.pop(name) for name in list(params) if self.model.is_frozen(name)}
         return Variables(params, frozen, _flat(nnx.state(network, nnx.BatchStat)))
 
     def load_pretrained(self, variables: Variables) -> Variables:
-        """The same with the backbone of `model.backbone.pretrained`, if one is named.
+        """The same with the pretrained backbone of the model, if one is named.
 
         Raises:
             FileNotFoundError: it is neither here nor to be fetched; the message says what to do.
             ValueError: its arrays are not those of this backbone; every difference is named.
         """
-        backbone = self.model.backbone
-        source = backbone.pretrained
+        source = self.model.pretrained
         if not source:
-            if backbone.norm == "frozen_bn" or backbone.frozen_stages >= 0:
+            backbone = getattr(self.model, "backbone", None)
+            if backbone and (backbone.norm == "frozen_bn" or backbone.frozen_stages >= 0):
                 warnings.warn(
                     f"the backbone is random, but norm {backbone.norm!r} and frozen_stages "
                     f"{backbone.frozen_stages} are for a pretrained one: name it as "
@@ -186,22 +201,18 @@ class Network:
         outputs = network(self.normalize(images, sizes))
         return outputs, _flat(nnx.state(network, nnx.BatchStat))
 
-    def module(self, variables: Variables, *, train: bool) -> DenseNetwork:
+    def module(self, variables: Variables, *, train: bool) -> DenseNetwork | SSD:
         """The Flax module with these arrays, for a look inside: backbone, neck and bbox_head."""
         state = nnx.from_flat_state(list(self.by_path(variables).items()))
         return nnx.merge(self._train_graph if train else self._eval_graph, state)
 
     def normalize(self, images: Array, sizes: Int[Array, "b 2"]) -> Float[Array, "b h w 3"]:
         """(x - mean) / std in float32, then zero in the padding, as the reference pads after it."""
-        x = (images.astype(jnp.float32) - jnp.array(self.model.mean)) / jnp.array(self.model.std)
+        x = images[..., ::-1] if self.model.channel_order == "bgr" else images
+        x = (x.astype(jnp.float32) - jnp.array(self.model.mean)) / jnp.array(self.model.std)
         rows = jnp.arange(images.shape[1])[None, :, None, None] < sizes[:, 0, None, None, None]
         columns = jnp.arange(images.shape[2])[None, None, :, None] < sizes[:, 1, None, None, None]
         return jnp.where(rows & columns, x, 0.0)
-
-    def _is_frozen(self, name: str) -> bool:
-        stages = self.model.backbone.frozen_stages
-        prefixes = ["conv1.", "bn1."] * (stages >= 0) + [f"layer{i + 1}." for i in range(stages)]
-        return name.startswith(tuple(f"backbone.{prefix}" for prefix in prefixes))
 
 
 def _dotted(path: tuple) -> str:

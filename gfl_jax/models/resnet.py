@@ -23,9 +23,12 @@ def out_features(depth: int, width: int) -> tuple[int, int, int, int]:
 
 
 class _Block(nnx.Module):
-    """Basic (two 3x3) or bottleneck (1x1, 3x3, 1x1) residual block; the stride sits on a 3x3."""
+    """Basic (two 3x3) or bottleneck (1x1, 3x3, 1x1) residual block.
 
-    def __init__(self, c_in, width, c_out, stride, *, bottleneck, norm, dtype, rngs):
+    The stride sits on the first 3x3 or, in bottlenecks of caffe's style, on the first 1x1.
+    """
+
+    def __init__(self, c_in, width, c_out, stride, *, bottleneck, caffe, norm, dtype, rngs):
         def conv(c_in, c_out, kernel_size, stride=1):
             return conv2d(
                 c_in,
@@ -42,8 +45,9 @@ class _Block(nnx.Module):
             return normalization(norm, features, scale_init=scale_init, dtype=dtype, rngs=rngs)
 
         if bottleneck:
-            self.conv1, self.bn1 = conv(c_in, width, 1), bn(width)
-            self.conv2, self.bn2 = conv(width, width, 3, stride), bn(width)
+            first, second = (stride, 1) if caffe else (1, stride)
+            self.conv1, self.bn1 = conv(c_in, width, 1, first), bn(width)
+            self.conv2, self.bn2 = conv(width, width, 3, second), bn(width)
             self.conv3, self.bn3 = conv(width, c_out, 1), bn(c_out, _zeros)
         else:
             self.conv1, self.bn1 = conv(c_in, width, 3, stride), bn(width)
@@ -72,6 +76,7 @@ class ResNet(nnx.Module):
         *,
         width: int = 64,
         norm: Norm = "frozen_bn",
+        caffe: bool = False,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -81,6 +86,8 @@ class ResNet(nnx.Module):
             depth: 18, 34, 50 or 101.
             width: channels after the stem and of the first stage; 64 in the paper.
             norm: see `gfl_jax.models.layers.Norm`.
+            caffe: whether bottlenecks stride on their first 1x1, as the weights from Detectron do,
+                instead of on the 3x3, as torchvision's.
             dtype: of the computation; parameters are float32.
             rngs: source of the initial weights.
 
@@ -107,6 +114,7 @@ class ResNet(nnx.Module):
                         c_out,
                         stride,
                         bottleneck=depth >= 50,
+                        caffe=caffe,
                         norm=norm,
                         dtype=dtype,
                         rngs=rngs,

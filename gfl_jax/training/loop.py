@@ -5,18 +5,18 @@ import functools
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 from tqdm import tqdm
 
-from gfl_jax.config import Experiment, Train
+from gfl_jax.config import Experiment, Train, differences, to_dict
 from gfl_jax.data.coco import PreparedSplit
-from gfl_jax.data.loader import HostBatch, batches, eval_plan, train_plan
+from gfl_jax.data.loader import HostBatch, batches, eval_plan, open_split, train_plan
 from gfl_jax.evaluation import Evaluation, evaluate, ground_truth, predict_all
-from gfl_jax.models.network import Network
+from gfl_jax.models.network import Network, Variables
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.metrics import MetricsLog
 from gfl_jax.training.parallel import AXIS, Pmap, ShardMap
@@ -104,6 +104,29 @@ def abstract_state(network: Network, train: Train) -> TrainState:
     return jax.eval_shape(lambda: init_state(network.init(0), optimizer, train))
 
 
+class Run(NamedTuple):
+    """A finished run: what it was, its best weights, and images to look at it with."""
+
+    experiment: Experiment
+    network: Network
+    variables: Variables
+    split: PreparedSplit
+
+
+def open_run(workdir: Path, split: str = "val") -> Run:
+    """Opens a work directory.
+
+    Raises:
+        FileNotFoundError: there is no complete checkpoint.
+    """
+    checkpoints = Checkpoints.find(workdir)
+    experiment, about = checkpoints.about()
+    predicts = experiment.detector.predicts(len(about["category_ids"]))
+    network = Network(experiment.model, predicts)
+    state = checkpoints.restore(abstract_state(network, experiment.train), experiment)
+    return Run(experiment, network, state.evaluated(), open_split(experiment.data, split))
+
+
 def fit(
     experiment: Experiment,
     network: Network,
@@ -145,6 +168,8 @@ def fit(
     else:
         start, state = newest.step, newest.restore(abstract_state(network, train), experiment)
         print(f"continuing from step {start} of {total} in {newest.folder}")
+        for line in differences(to_dict(newest.about()[0]), to_dict(experiment)):
+            print(f"  changed since that step: {line}")
     state = devices.replicate(state)
     log = MetricsLog(workdir, start)
     about = {"category_ids": val_split.category_ids, "category_names": val_split.category_names}

@@ -37,21 +37,44 @@ class TrainState(NamedTuple):
 
 
 def learning_rate(train: Train, steps_per_epoch: int) -> optax.Schedule:
-    """Linear warm-up times a step schedule; the base rate is scaled by batch_size / 16."""
+    """Warm-up times a step schedule; the base rate is scaled by batch_size / 16."""
     base = train.lr * train.batch_size / 16
     drops = {milestone * steps_per_epoch: 0.1 for milestone in train.milestones}
     steps = optax.piecewise_constant_schedule(base, drops)
+    # As in the reference, the whole rate is reached at the last of the warm-up's steps.
     last = max(train.warmup_steps - 1, 1)
-    warmup = optax.linear_schedule(train.warmup_factor if train.warmup_steps else 1.0, 1.0, last)
+    start = train.warmup_factor if train.warmup_steps else 1.0
+    rise = optax.linear_schedule(start, 1.0, last)
+
+    def warmup(step):
+        return jnp.where(step < last, start, 1.0) if train.warmup == "constant" else rise(step)
+
     return lambda step: warmup(step) * steps(step)
 
 
 def sgd(train: Train, schedule: optax.Schedule) -> optax.GradientTransformation:
     """SGD in PyTorch's form: weight decay enters the gradient before the momentum."""
+
+    def decay(gradient: Arrays, params: Arrays | None) -> Arrays:
+        assert params is not None
+        factors = {
+            name: train.weight_decay * (train.bias_decay if name.endswith(".bias") else 1.0)
+            for name in params
+        }
+        return {name: g + factors[name] * params[name] for name, g in gradient.items()}
+
+    def faster_biases(update: Arrays, params: Arrays | None) -> Arrays:
+        def factor(name: str) -> float:
+            module, _, leaf = name.rpartition(".")
+            return train.bias_lr if leaf == "bias" and f"{module}.kernel" in update else 1.0
+
+        return {name: factor(name) * u for name, u in update.items()}
+
     return optax.chain(
         optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity(),
-        optax.add_decayed_weights(train.weight_decay),
+        optax.stateless(decay),
         optax.trace(train.momentum),
+        optax.stateless(faster_biases) if train.bias_lr != 1 else optax.identity(),
         optax.scale_by_learning_rate(schedule),
     )
 

@@ -27,6 +27,8 @@ SIZES = [(90, 120), (120, 90), (64, 200), (100, 100), (48, 64), (80, 60), (96, 1
 FULLEST = 3
 NO_OBJECT, TOO_SMALL = 6, 7
 DATA = Data(scale=(128, 96), multi_scale=(64, 96), flip=0.5, workers=0, cache_megabytes=0)
+STRETCHED = Data(scale=(128, 96), keep_ratio=False, workers=0)
+SSD = dataclasses.replace(STRETCHED, augmentation="ssd", repeats=2)
 
 
 def objects_of(image):
@@ -90,7 +92,9 @@ def within(box, margin, shape):
     return inside_y[:, None] & inside_x[None]
 
 
-def test_boxes_lie_on_their_objects_after_resizing_and_flipping(split, plan):
+@pytest.mark.parametrize("data", [DATA, STRETCHED], ids=["kept ratio", "stretched"])
+def test_boxes_lie_on_their_objects_after_resizing_and_flipping(split, data):
+    plan = train_plan(data, split, batch_size=3, seed=3)
     seen = set()
     for step in range(6 * plan.steps_per_epoch):
         slots = plan(step)
@@ -118,10 +122,11 @@ def test_boxes_lie_on_their_objects_after_resizing_and_flipping(split, plan):
     assert {flip for _, flip in seen} == {False, True}
 
 
-def test_flipping_mirrors_the_image_without_its_padding(split):
+@pytest.mark.parametrize("data", [Data(scale=(128, 96)), SSD], ids=["flipped", "augmented"])
+def test_flipping_mirrors_the_image_without_its_padding(split, data):
     """The same step with and without flipping: columns of the image are reversed in place."""
     plain, mirrored = (
-        train_plan(Data(scale=(128, 96), flip=flip), split, batch_size=2, seed=3)
+        train_plan(dataclasses.replace(data, flip=flip), split, batch_size=2, seed=3)
         for flip in (0.0, 1.0)
     )
     for step in range(plain.steps_per_epoch):
@@ -167,6 +172,67 @@ def test_sizes_and_canvas_follow_the_limits(split, plan):
             assert width <= slots.canvas[1]
 
 
+@pytest.mark.parametrize("data", [STRETCHED, SSD], ids=["stretched", "augmented"])
+def test_without_the_ratio_every_image_fills_the_canvas(split, data):
+    for plan in (train_plan(data, split, batch_size=3, seed=3), eval_plan(data, split, 3)):
+        seen = []
+        for step in range(plan.steps_per_epoch):
+            batch, image_ids = load(step, plan, split)
+            assert batch.images.shape == (3, 96, 128, 3)
+            assert (batch.sizes == (96, 128)).all()
+            assert batch.images.any(-1).mean() > 0.99
+            seen.extend(image_ids[batch.image_mask])
+            if not plan.shuffle:  # evaluation maps detections back by these, and never augments
+                old = np.array([SIZES[i - 1] for i in image_ids])
+                np.testing.assert_allclose(batch.scales, ((96, 128) / old)[:, ::-1], rtol=1e-6)
+        times = data.repeats if plan.shuffle else 1
+        assert sorted(seen) == np.repeat(plan.indices + 1, times).tolist()
+
+
+def test_augmented_objects_keep_their_boxes(split):
+    """Colours vary, so an object is told by being of one colour and its surroundings of another."""
+    plan = train_plan(SSD, split, batch_size=3, seed=3)
+    dropped = kept = 0
+    scales = set()
+    for step in range(3 * plan.steps_per_epoch):
+        (batch, image_ids) = load(step, plan, split)
+        assert batch.boxes.dtype == batch.scales.dtype == np.float32
+        for i in np.flatnonzero(batch.image_mask):
+            boxes = batch.boxes[i][batch.box_mask[i]]
+            objects = objects_of(image_ids[i] - 1)
+            assert 1 <= len(boxes) <= len(objects)
+            dropped += len(objects) - len(boxes)
+            labels = [entry[0] for entry in objects]
+            assert np.isin(batch.labels[i][batch.box_mask[i]], labels).all()
+            assert (boxes >= 0).all()
+            assert (boxes <= (128, 96, 128, 96)).all()
+            scales.add(tuple(batch.scales[i]))
+            margin, pixels = 1 + max(batch.scales[i]), batch.images[i]
+            for box in boxes:
+                inner, outer, further = (within(box, m * margin, (96, 128)) for m in (-1, 1, 2))
+                if inner.any():
+                    kept += 1
+                    colour, around = pixels[inner][0], pixels[further & ~outer]
+                    assert (pixels[inner] == colour).all()
+                    assert not len(around) or (around != colour).any()
+    assert kept > 50
+    assert dropped > 5
+    assert len(scales) > 20
+
+
+def test_augmentation_is_a_function_of_seed_step_and_slot(split):
+    plan, other = (train_plan(SSD, split, batch_size=3, seed=seed) for seed in (3, 4))
+    first, again = (load(5, plan, split) for _ in range(2))
+    assert_equal([first], [again])
+    # The same image in every slot, at another step and with another seed: never twice the same.
+    fixed = dict(indices=np.array([0]), batch_size=6, repeats=6, flip=0.0)
+    found = [
+        load(step, dataclasses.replace(made, **fixed), split).batch.images
+        for made, step in ((plan, 0), (plan, 1), (other, 0))
+    ]
+    assert len({image.tobytes() for images in found for image in images}) == 18
+
+
 def test_training_leaves_out_images_without_objects_and_tiny_ones(split, plan):
     seen = {int(i) for step in range(plan.steps_per_epoch) for i in plan(step).images}
     assert seen == set(range(len(SIZES))) - {NO_OBJECT, TOO_SMALL}
@@ -200,19 +266,23 @@ def assert_equal(found, expected):
         jax.tree.map(np.testing.assert_array_equal, ours, other)
 
 
-def test_batches_from_a_step_on_are_those_of_the_whole_run(split, plan):
+@pytest.mark.parametrize("data", [DATA, SSD], ids=["flipped", "augmented"])
+def test_batches_from_a_step_on_are_those_of_the_whole_run(split, data):
+    plan = train_plan(data, split, batch_size=3, seed=3)
     steps = 2 * plan.steps_per_epoch + 1
-    whole = list(batches(plan, split, range(steps), DATA))
+    whole = list(batches(plan, split, range(steps), data))
     assert len(whole) == steps
     for k in (1, plan.steps_per_epoch, steps - 1):
-        assert_equal(list(batches(plan, split, range(k, steps), DATA)), whole[k:])
-    assert_equal(list(itertools.islice(batches(plan, split, range(steps), DATA), 2)), whole[:2])
+        assert_equal(list(batches(plan, split, range(k, steps), data)), whole[k:])
+    assert_equal(list(itertools.islice(batches(plan, split, range(steps), data), 2)), whole[:2])
     direct = load(2, plan, split)
     assert_equal([direct], [whole[2]])
 
 
-def test_images_kept_in_memory_change_nothing(split, plan):
+@pytest.mark.parametrize("data", [DATA, SSD], ids=["flipped", "augmented"])
+def test_images_kept_in_memory_change_nothing(split, data):
     """Three epochs, so that images come back, also flipped; the cache holds about half of them."""
+    plan = train_plan(data, split, batch_size=3, seed=3)
     steps = range(3 * plan.steps_per_epoch)
     for limit in (100_000, 10**9):
         cache = ImageCache(limit)
@@ -222,6 +292,9 @@ def test_images_kept_in_memory_change_nothing(split, plan):
         )
         assert 0 < cache.taken <= limit
         assert cache.taken == sum(image.nbytes for image, _ in cache.images.values())
+        if data.augmentation == "ssd":  # what is kept are the originals
+            for (index, _), (image, _) in cache.images.items():
+                assert image.shape[:2] == SIZES[index]
 
 
 def test_an_image_in_memory_is_not_decoded_again():
@@ -240,7 +313,25 @@ def test_no_steps_are_no_batches(split, plan):
     assert list(batches(plan, split, range(5, 5), DATA)) == []
 
 
-def test_a_worker_process_makes_the_same_batches_as_threads(split, plan):
+@pytest.mark.parametrize("data", [DATA, SSD], ids=["flipped", "augmented"])
+def test_a_worker_process_makes_the_same_batches_as_threads(split, data):
+    plan = train_plan(data, split, batch_size=3, seed=3)
     steps = range(1, plan.steps_per_epoch + 2)
-    expected = list(batches(plan, split, steps, DATA))
-    assert_equal(list(batches(plan, split, steps, dataclasses.replace(DATA, workers=1))), expected)
+    expected = list(batches(plan, split, steps, data))
+    assert_equal(list(batches(plan, split, steps, dataclasses.replace(data, workers=1))), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(scale=(128, 100)), "multiples of 32"),
+        (dict(scale=(120, 96)), "multiples of 32"),
+        (dict(multi_scale=(64, 96)), "need data.keep_ratio"),
+        (dict(canvases=((96, 128),)), "need data.keep_ratio"),
+        (dict(keep_ratio=True), "'ssd' stretches"),
+        (dict(repeats=0), "data.repeats is 0"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_clear_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SSD, **changes)

@@ -1,6 +1,7 @@
 """What every plan of batches has in common, whatever the images and the settings."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -28,16 +29,21 @@ def settings_of_plans(draw):
     smaller = draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 12)), max_size=3))
     smaller = [tuple(32 * k for k in sorted(canvas)) for canvas in smaller]
     landscape = draw(st.sampled_from([(), (*smaller, (up_to_32(short), up_to_32(long)))]))
+    keep_ratio = draw(st.booleans())
+    if not keep_ratio:
+        long, short, limits, landscape = up_to_32(long), up_to_32(short), None, ()
     return dict(
         sizes=np.array(sizes),
         indices=np.array(sorted(taking_part)),
         batch_size=draw(st.integers(1, 7)),
         scale=(long, short),
         canvases=canvases_of((long, short), landscape),
-        multi_scale=draw(st.sampled_from([None, tuple(limits)])),
+        multi_scale=draw(st.sampled_from([None, limits and tuple(limits)])),
         flip=draw(st.sampled_from([0.0, 0.5, 1.0])),
         shuffle=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
+        keep_ratio=keep_ratio,
+        repeats=draw(st.integers(1, 3)),
     )
 
 
@@ -66,19 +72,20 @@ def make(sizes, batch_size=4, **others):
 
 
 @given(settings_of_plans(), st.integers(0, 3))
-def test_an_epoch_has_every_image_once(settings, epoch):
+def test_an_epoch_has_every_image_equally_often(settings, epoch):
     plan = BatchPlan(**settings)
     batches = epoch_of(plan, epoch)
     real = np.concatenate([batch.images[batch.real] for batch in batches])
-    assert sorted(real) == settings["indices"].tolist()
+    assert sorted(real) == np.repeat(settings["indices"], settings["repeats"]).tolist()
     height, width = settings["sizes"][settings["indices"]].T
-    portrait = int((height > width).sum())
-    size = settings["batch_size"]
-    assert plan.steps_per_epoch == -(-portrait // size) + -(-(len(height) - portrait) // size)
+    portrait = int((height > width).sum()) if settings["keep_ratio"] else 0
+    groups = [settings["repeats"] * count for count in (portrait, len(height) - portrait)]
+    assert plan.steps_per_epoch == sum(math.ceil(n / settings["batch_size"]) for n in groups)
 
 
 @given(settings_of_plans())
-def test_batches_are_full_of_one_orientation_and_fit_their_canvas(settings):
+def test_batches_are_full_and_fit_their_canvas(settings):
+    """With the ratio kept, they are of one orientation, too."""
     long_side = settings["scale"][0]
     low, high = settings["multi_scale"] or (settings["scale"][1],) * 2
     for batch in epoch_of(BatchPlan(**settings), 1):
@@ -86,6 +93,10 @@ def test_batches_are_full_of_one_orientation_and_fit_their_canvas(settings):
         assert batch.images.shape == batch.real.shape == batch.flip.shape == (size,)
         assert batch.real[0]
         assert set(batch.images) == set(batch.images[batch.real])  # fillers repeat their batch
+        if not settings["keep_ratio"]:
+            assert batch.canvas == settings["scale"][::-1]
+            assert batch.short_side == low
+            continue
         height, width = settings["sizes"][batch.images].T
         assert len(set(height > width)) == 1
         assert low <= batch.short_side <= high
@@ -130,6 +141,20 @@ def test_epochs_and_seeds_differ():
             assert not equal(epochs[i], epochs[j])
             orders = [np.concatenate([batch.images for batch in epochs[k]]) for k in (i, j)]
             assert not np.array_equal(*orders)
+
+
+def test_every_repetition_is_shuffled_anew():
+    plan = make(random_sizes(), batch_size=40, keep_ratio=False, repeats=3)
+    orders = [batch.images for batch in epoch_of(plan)]
+    assert [sorted(order) for order in orders] == [list(range(40))] * 3
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_stretched_images_of_both_orientations_share_batches():
+    plan = make([(200, 100)] * 40 + [(100, 200)] * 40, batch_size=10, keep_ratio=False)
+    portrait = [(batch.images < 40).sum() for batch in epoch_of(plan)]
+    assert sum(portrait) == 40
+    assert all(0 < count < 10 for count in portrait)
 
 
 def test_orientations_are_mixed_within_an_epoch():

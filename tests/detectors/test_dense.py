@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 from jax import lax
 
-from gfl_jax.detectors.dense import (
-    Batch,
-    Detector,
-    GeneralDistribution,
-    JointQuality,
-    QualityFocal,
-)
+from gfl_jax.data.batch import Batch
+from gfl_jax.detectors.box import GeneralDistribution
+from gfl_jax.detectors.classification import QualityFocal
+from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.postprocess import Inference
+from gfl_jax.detectors.quality import JointQuality
 from gfl_jax.models.heads import Outputs
 
 LEVELS = ((8, 12), (4, 6), (2, 3), (1, 2), (1, 1))  # of a 64 x 96 canvas
@@ -141,7 +139,8 @@ def objective(detector, cls, box, batch, assigned, constants=None):
                     dfl -= weight * ((k + 1 - t) * log_p[k] + (t - k) * log_p[k + 1]) / 4
             bce = np.maximum(logits, 0) - logits * y + np.log1p(np.exp(-np.abs(logits)))
             qfl += (np.abs(y - sigma) ** beta * bce).sum()
-    total_weight = max(total_weight, 1)
+    # Without weights boxes are divided by what the classification is divided by.
+    total_weight = max(n_pos if detector.quality.weighting == "none" else total_weight, 1)
     terms = {
         "loss_cls": qfl / max(n_pos, 1),
         "loss_bbox": detector.box_weight * giou / total_weight,
@@ -222,7 +221,7 @@ def losses_and_gradient(detector, cls, box, batch):
     outputs = Outputs(by_level(cls), by_level(box))
     losses, gradient = _losses_and_gradient(detector, outputs, batch)
     losses = jax.tree.map(np.asarray, losses)
-    to_cls, to_box = (flat(levels) for levels in gradient)
+    to_cls, to_box = (flat(levels) for levels in gradient[:2])
     return losses, to_cls, to_box.reshape(box.shape)
 
 
@@ -419,15 +418,15 @@ def test_initial_losses_are_those_of_the_reference():
 @pytest.mark.parametrize(
     "choice",
     [
-        {"box": GeneralDistribution(n=0)},
-        {"box": GeneralDistribution(delta=0.0)},
-        {"box": GeneralDistribution(delta=-1.0)},
-        {"classification": QualityFocal(beta=-0.5)},
+        {"box": lambda: GeneralDistribution(n=0)},
+        {"box": lambda: GeneralDistribution(delta=0.0)},
+        {"box": lambda: GeneralDistribution(delta=-1.0)},
+        {"classification": lambda: QualityFocal(beta=-0.5)},
     ],
 )
 def test_impossible_choices_are_named(choice):
     with pytest.raises(ValueError, match=f"detector.{next(iter(choice))}"):
-        Detector(**choice)
+        Detector(**{name: make() for name, make in choice.items()})
 
 
 # Detections.
@@ -561,6 +560,36 @@ def test_a_box_outside_the_image_is_dropped():
 
 def test_no_prediction_is_no_detection():
     assert not detections(RULE, *nothing(), SIZES, SCALES).mask.any()
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
+def candidates(inference, outputs):
+    return Detector(inference=inference).candidates(outputs, np.array(SIZES, np.int32))
+
+
+def test_candidates_at_the_threshold_do_not_enter():
+    """Thresholds that are scores, and their neighbours in float32."""
+    outputs = Outputs(*map(by_level, random_logits(GFL, images=2)))
+    every = jax.tree.map(np.asarray, candidates(Inference(score_threshold=0.0), outputs))
+    (one,) = np.unique(every.scores)[[-100]]
+    assert 0.1 < one < 0.9
+    for threshold in (np.nextafter(one, np.float32(0)), one, np.nextafter(one, np.float32(1))):
+        found = jax.tree.map(
+            np.asarray, candidates(Inference(score_threshold=float(threshold)), outputs)
+        )
+        enters = every.scores > threshold
+        np.testing.assert_array_equal(found.scores, np.where(enters, every.scores, 0))
+        for ours, theirs in zip(found, every, strict=True):
+            np.testing.assert_array_equal(ours[enters], theirs[enters])
+        assert enters.any()
+        assert (one in found.scores) == (threshold < one)
+
+
+def test_predictions_below_the_threshold_are_no_detections():
+    outputs = constant_logits(GFL, cls=math.log(0.03 / 0.97), images=2)
+    found = {t: detections(Inference(t), *outputs, SIZES, SCALES) for t in (0.02, 0.05)}
+    assert found[0.02].mask.any(1).all()
+    assert not found[0.05].mask.any()
 
 
 def test_every_level_keeps_its_own_best_pairs():

@@ -45,7 +45,7 @@ def nms_by_hand(boxes, scores, labels, inference):
     kept = []
     for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):  # stable
         x1, y1, x2, y2 = map(float, boxes[i])
-        if scores[i] <= np.float32(inference.score_threshold) or x2 <= x1 or y2 <= y1:
+        if scores[i] <= 0 or x2 <= x1 or y2 <= y1:
             continue
         rivals = [j for j in kept if labels[j] == labels[i]]
         if all(overlap(boxes[i].tolist(), boxes[j].tolist()) <= inference.nms_iou for j in rivals):
@@ -84,9 +84,11 @@ def random_boxes(rng, side=(5, 60), area=100, whole=True):
 @pytest.mark.parametrize("seed", range(4))
 def test_survivors_are_those_of_a_greedy_loop_over_each_class(seed, inference):
     rng = np.random.default_rng(seed)
-    boxes = random_boxes(rng, whole=seed % 2 == 0)
-    kept = check(boxes, rng.random(N), rng.integers(0, 1 + 3 * seed, N), inference)
-    assert 2 < len(kept) < N
+    boxes = random_boxes(rng, area=50, whole=seed % 2 == 0)
+    scores = rng.random(N)
+    scores[scores <= 0.05] = 0
+    kept = check(boxes, scores, rng.integers(0, 1 + 3 * seed, N), inference)
+    assert 2 < len(kept) < (scores > 0).sum()
     assert inference is ALL or len(kept) == FEW.max_per_image
 
 
@@ -112,19 +114,20 @@ def test_a_suppressed_box_suppresses_nothing():
     assert check(boxes, scores, np.zeros(N, int), ALL) == [0, 2]
 
 
-def test_no_box_above_the_threshold_is_no_detection():
+def test_no_box_with_a_score_is_no_detection():
     rng = np.random.default_rng(0)
     labels = np.zeros(N, int)
-    assert check(random_boxes(rng), np.full(N, 0.03), labels, ALL) == []
     assert check(random_boxes(rng), np.zeros(N), labels, ALL) == []
+    assert check(random_boxes(rng), np.full(N, -0.03), labels, ALL) == []
 
 
-def test_scores_at_the_threshold_do_not_enter():
+def test_every_score_above_zero_enters_whatever_the_threshold():
+    """The threshold is on candidates: a quality branch makes scores smaller afterwards."""
     rng = np.random.default_rng(1)
-    threshold = np.float32(0.05)
-    scores = np.full(N, threshold)
-    scores[5], scores[6] = np.nextafter(threshold, np.float32(1)), np.nextafter(threshold, 0)
-    assert check(random_boxes(rng, side=(5, 9)), scores, np.arange(N), ALL) == [5]
+    scores = np.zeros(N, np.float32)
+    scores[5], scores[6] = np.finfo(np.float32).tiny, -0.5
+    strict = Inference(score_threshold=0.9)
+    assert check(random_boxes(rng, side=(5, 9)), scores, np.arange(N), strict) == [5]
 
 
 @pytest.mark.parametrize("size", [(0, 10), (10, 0), (0, 0), (-5, 10), (-5, -5)])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import re
 import zipfile
 
 import jax
@@ -10,25 +11,62 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from gfl_jax import systems
 from gfl_jax.config import Experiment
-from gfl_jax.detectors.dense import Detector, GeneralDistribution
+from gfl_jax.detectors.box import GeneralDistribution
+from gfl_jax.detectors.classification import QualityFocal
+from gfl_jax.detectors.dense import Detector
+from gfl_jax.detectors.quality import JointQuality, QualityBranch
 from gfl_jax.interop import convert
 from gfl_jax.interop.names import torch_name
+from gfl_jax.models.fpn import Neck
+from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
+from gfl_jax.models.ssd import SSDModel
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.loop import abstract_state
+from gfl_jax.training.step import init_state, sgd
 
 NAMES = ["cat", "dog", "owl"]
 
 
+# One for each kind of checkpoint: FCOS with center sampling has the arrays of FCOS without.
+SYSTEMS = ["gfl", "atss", "fcos", "fcos_improved", "foveabox", "retinanet", "ssd512"]
+
+
 def small(depth=18, width=8, n=4, delta=1.0, stacked_convs=1):
-    model = Model(Backbone(depth, width), 32, 32, stacked_convs)
+    model = Model(Backbone(depth, width), Neck(32), Head(width=32, stacked_convs=stacked_convs))
     return Experiment(model, Detector(box=GeneralDistribution(n, delta)))
+
+
+def small_system(name):
+    """A system as small as it gets."""
+    system = getattr(systems, name)
+    if isinstance(system.model, SSDModel):
+        return systems.changed(system, model={"width": 4})
+    parts = {
+        "backbone": dataclasses.replace(system.model.backbone, depth=18, width=8),
+        "neck": dataclasses.replace(system.model.neck, width=16),
+        "head": dataclasses.replace(system.model.head, width=32, stacked_convs=1),
+    }
+    return systems.changed(system, model=parts)
+
+
+def zeros(experiment, classes):
+    """A detector's state dict without any memory."""
+    network = Network(experiment.model, experiment.detector.predicts(classes))
+    abstract = jax.eval_shape(lambda: network.init(0))
+    return {
+        torch_name(path): np.broadcast_to(
+            np.float32(0), (x.shape[3], x.shape[2], *x.shape[:2]) if len(x.shape) == 4 else x.shape
+        )
+        for path, x in network.by_path(abstract).items()
+    }
 
 
 def random_state_dict(experiment, seed=0):
     """A detector's state dict in torch's names and layout, in numbers of every kind."""
-    network = Network(experiment.model, len(NAMES), experiment.detector.box.channels)
+    network = Network(experiment.model, experiment.detector.predicts(len(NAMES)))
     rng = np.random.default_rng(seed)
     abstract = jax.eval_shape(lambda: network.init(0))
     variables = network.replaced(
@@ -53,19 +91,23 @@ def restored(folder):
     checkpoints = Checkpoints.find(folder)
     experiment, about = checkpoints.about()
     names = about["category_names"]
-    network = Network(experiment.model, len(names), experiment.detector.box.channels)
+    network = Network(experiment.model, experiment.detector.predicts(len(names)))
     state = checkpoints.restore(abstract_state(network, experiment.train), experiment)
     return network, state, experiment, about
 
 
-@pytest.mark.parametrize("delta", [1.0, 0.5])
-def test_a_detector_becomes_a_checkpoint_of_step_0(tmp_path, annotations, delta):
-    expected = random_state_dict(small(delta=delta))
+@pytest.mark.parametrize(
+    "given",
+    [small(), small(delta=0.5), *map(small_system, ["atss", "fcos_improved", "retinanet"])],
+    ids=["gfl", "gfl_delta", "atss", "fcos_improved", "retinanet"],
+)
+def test_a_detector_becomes_a_checkpoint_of_step_0(tmp_path, annotations, given):
+    expected = random_state_dict(given)
     save_file(expected, tmp_path / "x.safetensors")
     convert.main(tmp_path / "x.safetensors", tmp_path / "run", annotations=annotations)
     network, state, experiment, about = restored(tmp_path / "run")
     assert int(state.step) == 0
-    assert experiment.model == small().model and experiment.detector == small(delta=delta).detector
+    assert experiment == given
     assert about == {"category_ids": [7, 8, 9], "category_names": NAMES}
     found = convert.state_dict(network, state.variables, experiment.detector)
     assert found.keys() == expected.keys()
@@ -78,15 +120,56 @@ def test_a_detector_becomes_a_checkpoint_of_step_0(tmp_path, annotations, delta)
 @pytest.mark.parametrize("depth", [18, 34, 50, 101])
 def test_sizes_are_told_from_the_arrays(depth):
     experiment = small(depth, width=16, n=7, delta=2.0, stacked_convs=3)
-    network = Network(experiment.model, len(NAMES), experiment.detector.box.channels)
-    abstract = jax.eval_shape(lambda: network.init(0))
-    arrays = {
-        torch_name(path): np.broadcast_to(
-            np.float32(0), (x.shape[3], x.shape[2], *x.shape[:2]) if len(x.shape) == 4 else x.shape
-        )
-        for path, x in network.by_path(abstract).items()
-    } | {"bbox_head.integral.project": 2.0 * np.arange(8)}
-    assert convert.infer_experiment(arrays) == (experiment, len(NAMES))
+    arrays = zeros(experiment, len(NAMES)) | {"bbox_head.integral.project": 2.0 * np.arange(8)}
+    assert convert.infer_experiment(arrays) == experiment
+    assert convert.count_classes(arrays, experiment) == len(NAMES)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_systems_are_told_from_their_names(name):
+    system = getattr(systems, name)
+    arrays = zeros(system, 80)
+    assert convert.infer_experiment(arrays) == system
+    assert convert.count_classes(arrays, system) == 80
+    assert convert.modern_names(arrays).keys() == arrays.keys()
+
+
+def test_classes_are_counted_without_background_where_there_is_one():
+    quality = {"classification": QualityFocal(), "quality": JointQuality()}
+    joint = systems.changed(systems.ssd512, detector=quality)
+    assert convert.count_classes(zeros(joint, 80), joint) == 80
+    message = r"retina_cls.weight has 80 channels, no multiple of the 9 priors"
+    arrays = {"bbox_head.retina_cls.weight": np.zeros((80, 8, 3, 3))}
+    with pytest.raises(ValueError, match=message):
+        convert.count_classes(arrays, systems.retinanet)
+    with pytest.raises(ValueError, match=r"bbox_head.cls_convs.0.0.weight is missing"):
+        convert.count_classes(arrays, systems.ssd512)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["vfnet_cls", "vfnet_reg"], "vfnet_cls, vfnet_reg"),
+        (["atss_cls", "atss_reg", "atss_iou"], "atss_cls, atss_iou, atss_reg"),
+        (["cls_convs.0.gn", "conv_cls", "conv_reg"], "cls_convs, conv_cls, conv_reg"),
+        ([], "nothing"),
+    ],
+)
+def test_unknown_heads_are_named(names, found):
+    arrays = {f"bbox_head.{name}.weight": np.zeros(3) for name in names}
+    with pytest.raises(ValueError, match=f"no detector .*: its bbox_head has {found}; there are"):
+        convert.infer_experiment(arrays)
+
+
+def test_only_what_a_detector_has_is_written():
+    for name in ("gfl", "ssd512"):
+        arrays = random_state_dict(small_system(name))
+        assert ("bbox_head.integral.project" in arrays) == (name == "gfl")
+        batch_norms = [n for n in arrays if n.endswith("num_batches_tracked")]
+        assert len(batch_norms) == (0 if name == "ssd512" else 20)
+    box = {"box": GeneralDistribution(4)}
+    variant = systems.changed(small_system("atss"), detector=box)
+    assert random_state_dict(variant)["bbox_head.integral.project"].tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +213,39 @@ def test_names_of_old_versions():
     assert convert.modern_names(arrays).keys() == arrays.keys()
 
 
+@pytest.mark.parametrize(
+    ("name", "renamed"),
+    [
+        ("fcos", {r"bbox_head\.conv_": "bbox_head.fcos_"}),
+        ("foveabox", {r"bbox_head\.conv_": "bbox_head.fovea_"}),
+        (
+            "ssd512",
+            {
+                r"neck\.l2_norm": "backbone.l2_norm",
+                r"neck\.extra_layers\.(\d)\.(\d)\.conv": lambda match: (
+                    f"backbone.extra.{2 * int(match[1]) + int(match[2])}"
+                ),
+                r"bbox_head\.(cls|reg)_convs\.(\d)\.0": r"bbox_head.\1_convs.\2",
+            },
+        ),
+    ],
+)
+def test_files_of_old_versions_are_read(tmp_path, name, renamed):
+    arrays, old = random_state_dict(small_system(name)), {}
+    for new_name, array in arrays.items():
+        for new, before in renamed.items():
+            new_name = re.sub(new, before, new_name)
+        old[new_name] = array
+    assert old.keys() != arrays.keys()
+    save_file(old, tmp_path / "x.safetensors")
+    experiment, classes, network, variables = convert.read_detector(tmp_path / "x.safetensors")
+    assert (experiment, classes) == (small_system(name), len(NAMES))
+    found = convert.state_dict(network, variables, experiment.detector)
+    assert found.keys() == arrays.keys()
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(found[key], array, strict=True)
+
+
 def test_a_backbone_gets_a_random_neck_and_head(tmp_path, annotations):
     arrays = {
         name.removeprefix("backbone."): array
@@ -141,20 +257,36 @@ def test_a_backbone_gets_a_random_neck_and_head(tmp_path, annotations):
     config = tmp_path / "config.py"
     config.write_text(
         "import dataclasses\nfrom gfl_jax.config import Experiment\n"
+        "from gfl_jax.models.fpn import Neck\nfrom gfl_jax.models.heads import Head\n"
         "from gfl_jax.models.network import Backbone, Model\n"
-        "experiment = Experiment(Model(Backbone(18), 32, 32, 1))\n"
+        "experiment = Experiment(Model(Backbone(18), Neck(32), Head(width=32, stacked_convs=1)))\n"
     )
     convert.main(
         tmp_path / "r18.safetensors", tmp_path / "run", str(config), annotations=annotations
     )
     network, state, experiment, _ = restored(tmp_path / "run")
-    assert experiment.model == Model(Backbone(18), 32, 32, 1)
+    assert experiment.model == small(width=64).model
     found = convert.state_dict(network, state.variables, experiment.detector)
     for name, array in arrays.items():
         if not name.startswith("fc."):
             np.testing.assert_array_equal(found[f"backbone.{name}"], array)
     kernel = found["bbox_head.gfl_reg.weight"]
     assert 0.005 < kernel.std() < 0.02
+
+
+def test_a_vgg_becomes_an_ssd(tmp_path, annotations):
+    arrays = {
+        name.removeprefix("backbone."): array
+        for name, array in random_state_dict(small_system("ssd512")).items()
+        if name.startswith("backbone.")
+    }
+    save_file(arrays | {"classifier.6.bias": np.zeros(9)}, tmp_path / "vgg.safetensors")
+    convert.main(tmp_path / "vgg.safetensors", tmp_path / "run", annotations=annotations)
+    network, state, experiment, _ = restored(tmp_path / "run")
+    assert experiment == small_system("ssd512")
+    found = convert.state_dict(network, state.variables, experiment.detector)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[f"backbone.{name}"], array)
 
 
 def test_classes_must_be_known_and_as_many(tmp_path, annotations):
@@ -187,10 +319,23 @@ def test_a_file_that_holds_code_is_refused(tmp_path, annotations):
 # ---------------------------------------------------------------------------- with torch
 
 
-@pytest.mark.parametrize("classes", ["CLASSES", "dataset_meta"])
-def test_a_round_trip_keeps_every_bit(tmp_path, classes):
+@pytest.mark.parametrize(
+    ("classes", "given"),
+    [
+        ("CLASSES", small()),
+        ("dataset_meta", small()),
+        ("dataset_meta", small_system("fcos_improved")),
+        ("dataset_meta", small_system("ssd512")),
+        *[
+            pytest.param("dataset_meta", small_system(name), marks=pytest.mark.slow)
+            for name in ("atss", "fcos", "foveabox", "retinanet")
+        ],
+    ],
+    ids=["CLASSES", "gfl", "fcos_improved", "ssd512", "atss", "fcos", "foveabox", "retinanet"],
+)
+def test_a_round_trip_keeps_every_bit(tmp_path, classes, given):
     torch = pytest.importorskip("torch")
-    expected = random_state_dict(small())
+    expected = random_state_dict(given)
     meta = {"CLASSES": NAMES} if classes == "CLASSES" else {"dataset_meta": {"classes": NAMES}}
     state_dict = {k: torch.from_numpy(v) for k, v in expected.items()}
     torch.save({"state_dict": state_dict, "meta": meta}, tmp_path / "in.pth")
@@ -218,13 +363,35 @@ def test_the_experiment_travels_with_the_file(tmp_path, annotations):
     config.write_text(
         "from gfl_jax.config import *\nfrom gfl_jax.detectors.dense import *\n"
         "from gfl_jax.models.network import *\n"
-        "experiment = Experiment(Model(Backbone(18, 8), 32, 32, 1), "
-        "Detector(box=GeneralDistribution(4, 0.5), dfl_weight=0.5))\n"
+        "model = Model(Backbone(18, 8), Neck(32), Head(width=32, stacked_convs=1))\n"
+        "detector = Detector(box=GeneralDistribution(4, 0.5), dfl_weight=0.5)\n"
+        "experiment = Experiment(model, detector)\n"
     )
     convert.main(tmp_path / "x.safetensors", tmp_path / "a", str(config), annotations)
     convert.main(tmp_path / "a", tmp_path / "x.pth")
     convert.main(tmp_path / "x.pth", tmp_path / "b")
     assert restored(tmp_path / "b")[2].detector == detector
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"quality": QualityBranch("iou")}, {"box": GeneralDistribution(4)}],
+    ids=["iou_branch", "distribution"],
+)
+def test_detectors_unknown_to_mmdetection_are_written_and_read(tmp_path, change):
+    pytest.importorskip("torch")
+    experiment = systems.changed(small_system("atss"), detector=change)
+    network = Network(experiment.model, experiment.detector.predicts(len(NAMES)))
+    state = init_state(network.init(1), sgd(experiment.train, lambda step: 0.0), experiment.train)
+    checkpoints = Checkpoints(tmp_path / "a/checkpoints")
+    about = {"category_ids": [7, 8, 9], "category_names": NAMES}
+    checkpoints.save(0, jax.tree.map(np.asarray, state), experiment, about)
+    checkpoints.close()
+    convert.main(tmp_path / "a", tmp_path / "x.pth")
+    convert.main(tmp_path / "x.pth", tmp_path / "b")
+    _, found, *rest = restored(tmp_path / "b")
+    assert rest == [experiment, about]
+    jax.tree.map(np.testing.assert_array_equal, found.variables, state.variables)
 
 
 def test_nothing_is_overwritten(tmp_path, annotations):

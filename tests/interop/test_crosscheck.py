@@ -1,13 +1,23 @@
 """The comparison of two programs: that it agrees where it should, and sees where it should not."""
 
+import json
+import subprocess
+import sys
+
 import cv2
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from gfl_jax.detectors.dense import Detector, GeneralDistribution
+from gfl_jax import assign, systems
+from gfl_jax.detectors.box import Distances, GeneralDistribution, Overlap
+from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.postprocess import Inference
-from gfl_jax.interop import convert, crosscheck
+from gfl_jax.detectors.quality import QualityBranch
+from gfl_jax.interop import convert, crosscheck, mmdet_stages
+from gfl_jax.models.fpn import Neck
+from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
 
 
@@ -16,8 +26,8 @@ def files(tmp_path_factory):
     """A checkpoint of a small detector that detects much, and two images."""
     folder = tmp_path_factory.mktemp("crosscheck")
     detector = Detector(box=GeneralDistribution(6))
-    model = Model(Backbone(18, 16), 32, 32, 1)
-    network = Network(model, 5, detector.box.channels)
+    model = Model(Backbone(18, 16), Neck(32), Head(width=32, stacked_convs=1))
+    network = Network(model, detector.predicts(5))
     variables, rng = network.init(3), np.random.default_rng(0)
 
     def random(path, array):
@@ -59,17 +69,27 @@ def test_the_plain_model_agrees_stage_by_stage(files, capsys):
 @pytest.mark.parametrize(
     ("field", "value", "stage"),
     [
-        ("std", (58.0, 57.12, 57.375), "input"),
-        ("dfl_weight", 0.26, "loss_dfl"),
-        ("topk", 8, "loss_cls"),
-        ("nms_iou", 0.4, "detections of image 0"),
+        ("model.std", (58.0, 57.12, 57.375), "input"),
+        ("detector.dfl_weight", 0.26, "loss_dfl"),
+        ("detector.assigner.topk", 8, "loss_cls"),
+        ("detector.inference.nms_iou", 0.4, "detections of image 0"),
     ],
 )
 def test_a_difference_is_found_where_it_begins(files, capsys, monkeypatch, field, value, stage):
     pytest.importorskip("torch")
     images, checkpoint = files
     settings = crosscheck.settings
-    monkeypatch.setattr(crosscheck, "settings", lambda *args: settings(*args) | {field: value})
+
+    def changed(*args):
+        config = part = settings(*args)
+        *parts, name = field.split(".")
+        for p in parts:
+            part = part[p]
+        assert name in part
+        part[name] = value
+        return config
+
+    monkeypatch.setattr(crosscheck, "settings", changed)
     assert crosscheck.main(images, checkpoint, scale=(160, 128)) == 1
     assert f"first difference: {stage}" in capsys.readouterr().out
 
@@ -127,3 +147,167 @@ def test_nothing_to_compare_with_is_an_error(files, monkeypatch, tmp_path):
         crosscheck.main(images[:1], checkpoint, scale=(160, 128))
     with pytest.raises(ValueError, match="at least one image"):
         crosscheck.main((), checkpoint)
+
+
+# ---------------------------------------------------------------------------- mmdetection's words
+
+CONFIGS = {
+    "gfl": {"bbox_head.type": "GFLHead", "bbox_head.reg_max": 16, "train_cfg.assigner.topk": 9},
+    "atss": {
+        "bbox_head.type": "ATSSHead",
+        "bbox_head.bbox_coder.target_stds": [0.1, 0.1, 0.2, 0.2],
+        "bbox_head.anchor_generator.octave_base_scale": 8,
+        "bbox_head.loss_bbox.type": "GIoULoss",
+        "neck.add_extra_convs": "on_output",
+    },
+    "fcos": {
+        "bbox_head.type": "FCOSHead",
+        "bbox_head.norm_on_bbox": False,
+        "bbox_head.centerness_on_reg": False,
+        "bbox_head.center_sampling": False,
+        "bbox_head.conv_bias": "auto",
+        "bbox_head.loss_bbox.type": "IoULoss",
+        "backbone.style": "caffe",
+        "neck.relu_before_extra_convs": True,
+        "data_preprocessor.bgr_to_rgb": False,
+    },
+    "fcos_center": {"bbox_head.center_sampling": True, "bbox_head.center_sample_radius": 1.5},
+    "fcos_improved": {
+        "bbox_head.norm_on_bbox": True,
+        "bbox_head.centerness_on_reg": True,
+        "bbox_head.center_sampling": True,
+        "bbox_head.conv_bias": True,
+        "bbox_head.loss_bbox.type": "GIoULoss",
+        "test_cfg.nms.iou_threshold": 0.6,
+    },
+    "retinanet": {
+        "bbox_head.type": "RetinaHead",
+        "bbox_head.norm_cfg": None,
+        "bbox_head.anchor_generator.scales_per_octave": 3,
+        "bbox_head.loss_bbox.type": "L1Loss",
+        "train_cfg.assigner.neg_iou_thr": 0.4,
+        "train_cfg.assigner.gt_max_assign_all": True,
+        "neck.add_extra_convs": "on_input",
+    },
+    "foveabox": {
+        "bbox_head.type": "FoveaHead",
+        "bbox_head.base_edge_list": [16, 32, 64, 128, 256],
+        "bbox_head.sigma": 0.4,
+        "bbox_head.loss_bbox.beta": 0.11,
+        "bbox_head.loss_cls.gamma": 1.5,
+        "neck.add_extra_convs": "on_input",
+    },
+    "ssd512": {
+        "bbox_head.type": "SSDHead",
+        "bbox_head.in_channels": (512, 1024, 512, 256, 256, 256, 256),
+        "bbox_head.anchor_generator.basesize_ratio_range": (0.1, 0.9),
+        "neck.level_strides": (2, 2, 2, 2, 1),
+        "train_cfg.assigner.gt_max_assign_all": False,
+        "train_cfg.neg_pos_ratio": 3,
+        "test_cfg.max_per_img": 200,
+    },
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_system_has_its_config_in_mmdetection(name):
+    config = mmdet_stages.model_config(crosscheck.settings(getattr(systems, name), 80))
+    found = {}
+    for field in CONFIGS[name]:
+        value = config
+        for part in field.split("."):
+            value = value[part]
+        found[field] = value
+    assert found == CONFIGS[name]
+    # FoveaBox alone keeps boxes without area.
+    assert ("min_bbox_size" in config["test_cfg"]) == (name != "foveabox")
+
+
+@pytest.mark.parametrize(
+    ("system", "change", "messages"),
+    [
+        ("atss", {"quality": QualityBranch("iou")}, ["ATSSHead", "QualityBranch(measure=iou)"]),
+        ("atss", {"box": GeneralDistribution()}, ["GeneralDistribution(n=16, delta=1.0)"]),
+        ("gfl", {"box": GeneralDistribution(delta=0.5)}, ["detector.box.delta 0.5 (only 1)"]),
+        ("gfl", {"min_weight": 0.5, "counting": "batch"}, ["min_weight 0.5", "counting batch"]),
+        ("fcos", {"box": Distances("relu", "pixels")}, ["activation=relu, unit=pixels"]),
+        ("retinanet", {"box_loss": Overlap()}, ["RetinaHead", "detector.box_loss Overlap"]),
+        ("foveabox", {"assigner": assign.ATSS()}, ["detector.assigner ATSS(topk=9) (only Fovea"]),
+    ],
+)
+def test_choices_without_counterpart_are_named(system, change, messages):
+    experiment = systems.changed(getattr(systems, system), detector=change)
+    with pytest.raises(ValueError) as error:
+        mmdet_stages.model_config(crosscheck.settings(experiment, 80))
+    for message in ["no counterpart of", *messages]:
+        assert message in str(error.value)
+
+
+def test_the_program_for_mmdetection_needs_no_jax():
+    code = (
+        "import runpy, sys; sys.modules.update(jax=None, gfl_jax=None); runpy.run_path(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", code, mmdet_stages.__file__], check=True)
+
+
+@pytest.fixture
+def interpreter(tmp_path):
+    """interpreter(status): stands for a python that says 'hello' and ends with this status."""
+
+    def make(status):
+        file = tmp_path / "python"
+        file.write_text(f"#!/bin/sh\necho hello\nexit {status}\n")
+        file.chmod(0o755)
+        return str(file)
+
+    return make
+
+
+def test_how_the_other_program_ends(interpreter):
+    job = {"config": json.dumps(crosscheck.settings(systems.gfl, 80))}
+    with pytest.raises(ValueError, match=r"^hello$"):
+        crosscheck.run_reference(job, interpreter(mmdet_stages.REFUSED))
+    with pytest.raises(RuntimeError, match=r"failed:\nhello"):
+        crosscheck.run_reference(job, interpreter(1))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "message"),
+    [
+        (systems.atss, "detector.box Deltas"),
+        (systems.fcos, "detector.priors Points"),
+        (systems.ssd512, "detector.priors SSDBoxes"),
+        (systems.changed(systems.gfl, model={"channel_order": "bgr"}), "channel_order bgr"),
+        (systems.changed(systems.gfl, model={"backbone": Backbone(caffe=True)}), "caffe True"),
+    ],
+)
+def test_the_plain_model_is_a_gfl_only(interpreter, experiment, message):
+    job = {"config": json.dumps(crosscheck.settings(experiment, 80))}
+    with pytest.raises(RuntimeError, match=rf"mmdetection is not installed .* needs it.*{message}"):
+        crosscheck.run_reference(job, interpreter(mmdet_stages.MISSING))
+
+
+def test_ssd_sees_images_of_its_own_size_only(tmp_path, files):
+    experiment = systems.changed(systems.ssd512, model={"width": 4})
+    network = Network(experiment.model, experiment.detector.predicts(5))
+    variables = jax.tree.map(
+        lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(lambda: network.init(0))
+    )
+    arrays = convert.state_dict(network, variables, experiment.detector)
+    save_file(arrays, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"--scale is \(640, 512\).*\(512, 512\)"):
+        crosscheck.main(files[0], tmp_path / "x.safetensors", scale=(640, 512))
+
+
+def test_stages_have_the_names_that_people_use():
+    names = ["backbone.0", "feature.P3", "head.quality.P3", "loss.loss_iou", "input"]
+    titles = ["C2", "P3", "P3 quality_logits", "loss_iou", "input"]
+    assert [crosscheck.title(name) for name in names] == titles
+    assert [crosscheck.title(f"backbone.{i}", ssd=True) for i in (0, 1)] == ["conv4_3", "fc7"]
+
+
+def test_a_loss_that_is_left_out_counts_as_zero():
+    rows = crosscheck.compare({}, {"loss.loss_bbox": np.array(0.0)}, Inference())
+    assert not rows[0].where
+    rows = crosscheck.compare({}, {"loss.loss_bbox": np.array(0.1)}, Inference())
+    assert rows[0].where

@@ -44,6 +44,9 @@ def flat():
         (("bbox_head", "scales", 3, "scale"), "bbox_head.scales.3.scale"),
         (("layer1", 0, "downsample", "layers", 1, "scale"), "layer1.0.downsample.1.weight"),
         (("a", "layers", "b", "kernel"), "a.layers.b.weight"),
+        (("backbone", "features", "21", "kernel"), "backbone.features.21.weight"),
+        (("neck", "l2_norm", "scale"), "neck.l2_norm.weight"),
+        (("bbox_head", "cls_convs", 3, 0, "bias"), "bbox_head.cls_convs.3.0.bias"),
         (("project",), "project"),
     ],
 )

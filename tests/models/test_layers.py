@@ -96,18 +96,27 @@ def test_conv2d_pads_both_sides_alike(size, stride):
 SHAPES = [(2, 8, 6, 3), (1, 7, 5, 2), (1, 1, 1, 2), (1, 2, 9, 2)]
 
 
+POOLINGS = [(3, 2, (1, 1)), (2, 2, (0, 1)), (3, 1, (1, 1))]  # of ResNet, then of VGG
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_max_pool_and_its_gradient_are_those_of_a_padded_window(shape):
+@pytest.mark.parametrize(("size", "stride", "pad"), POOLINGS)
+def test_max_pool_and_its_gradient_are_those_of_a_padded_window(shape, size, stride, pad):
     x = np.random.default_rng(0).permutation(np.prod(shape)).reshape(shape).astype(np.float32)
     x -= 2 * x.size  # all negative: padding by zero would show
 
     def window(x):
-        padding = ((0, 0), (1, 1), (1, 1), (0, 0))
-        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
+        padding = ((0, 0), pad, pad, (0, 0))
+        dimensions, strides = (1, size, size, 1), (1, stride, stride, 1)
+        return lax.reduce_window(x, -jnp.inf, lax.max, dimensions, strides, padding)
+
+    def pool(x):
+        return layers.max_pool(x, size, stride, pad)
 
     def run(x):
-        (ours, pull), (theirs, their_pull) = jax.vjp(layers.max_pool, x), jax.vjp(window, x)
-        return (ours, *pull(jnp.sin(ours))), (theirs, *their_pull(jnp.sin(theirs)))
+        (ours, pull), (theirs, their_pull) = jax.vjp(pool, x), jax.vjp(window, x)
+        # Whole numbers: their sums don't depend on the order.
+        return (ours, *pull(ours)), (theirs, *their_pull(theirs))
 
     ours, theirs = jax.jit(run)(x)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
@@ -193,6 +202,12 @@ def test_layers_agree_with_pytorch():
 
     x = draw(2, 7, 6, 64)
     np.testing.assert_array_equal(layers.max_pool(x), nhwc(functional.max_pool2d(nchw(x), 3, 2, 1)))
+    for sides in ((7, 6), (6, 5), (1, 2)):
+        some = x[:, : sides[0], : sides[1]]
+        halved = functional.max_pool2d(nchw(some), 2, 2, ceil_mode=True)
+        np.testing.assert_array_equal(layers.max_pool(some, 2, 2, (0, 1)), nhwc(halved))
+        kept = functional.max_pool2d(nchw(some), 3, 1, 1)
+        np.testing.assert_array_equal(layers.max_pool(some, 3, 1, (1, 1)), nhwc(kept))
     expected = functional.interpolate(nchw(x), (15, 11), mode="nearest")
     np.testing.assert_array_equal(layers.upsample_nearest(x, (15, 11)), nhwc(expected))
     kernel = draw(3, 3, 64, 16, seed=1) / 10

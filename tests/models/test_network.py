@@ -11,9 +11,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from gfl_jax.models.heads import GFLHead
+from gfl_jax.detectors.dense import Detector
+from gfl_jax.models.fpn import Neck
+from gfl_jax.models.heads import DenseHead, Head, Predicts
 from gfl_jax.models.network import Backbone, Model, Network, Variables
-from gfl_jax.models.resnet import ResNet
+from gfl_jax.models.resnet import ResNet, _Block
 
 CLASSES, BOX_CHANNELS = 3, 20
 # Programs compiled for one run: quickly rather than well.
@@ -24,8 +26,8 @@ QUICKLY = {"xla_backend_optimization_level": 0}
 def tiny(norm="frozen_bn", dtype="float32", width=8, **backbone):
     """A network of 64 x 64 pixels that is compiled in seconds."""
     backbone = Backbone(depth=18, width=width, norm=norm, **backbone)
-    model = Model(backbone, fpn_width=32, head_width=32, stacked_convs=1, dtype=dtype)
-    return Network(model, CLASSES, BOX_CHANNELS)
+    model = Model(backbone, Neck(32), Head(width=32, stacked_convs=1), dtype=dtype)
+    return Network(model, Predicts(CLASSES, BOX_CHANNELS))
 
 
 @functools.cache
@@ -60,7 +62,7 @@ def count(arrays):
 
 @functools.cache
 def gfl_r50() -> Variables:
-    return abstract(Network(Model(), 80, 68))
+    return abstract(Network(Model(), Detector().predicts(80)))
 
 
 def test_gfl_r50_has_the_parameters_of_the_reference():
@@ -156,6 +158,47 @@ def test_backbones_have_the_channels_and_parameters_of_the_paper(depth, channels
     assert sum(math.prod(array.shape) for array in params) == parameters
 
 
+@pytest.mark.parametrize(("bottleneck", "caffe"), [(True, True), (True, False), (False, True)])
+def test_bottlenecks_of_caffe_see_every_second_pixel(bottleneck, caffe):
+    """They stride on their first convolution, a 1x1; the others on a 3x3."""
+    block = _Block(
+        6,
+        4,
+        8,
+        2,
+        bottleneck=bottleneck,
+        caffe=caffe,
+        norm="frozen_bn",
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+    )
+    last = block.bn3 if bottleneck else block.bn2
+    last.scale[...] = jnp.ones(8)
+    gradient = jax.jit(jax.grad(lambda x: block(x).sum()), compiler_options=QUICKLY)
+    x = np.random.default_rng(0).normal(size=(1, 8, 8, 6)).astype(np.float32)
+    assert block(x).shape == (1, 4, 4, 8)
+    seen = np.asarray(gradient(x)).any((0, 3))
+    assert seen[::2, ::2].all()
+    assert seen[1::2].any() == seen[:, 1::2].any() == (not (bottleneck and caffe))
+
+
+@pytest.mark.parametrize("caffe", [False, True])
+def test_backbones_of_caffe_have_the_same_sizes_and_stride_elsewhere(caffe):
+    network = nnx.eval_shape(lambda: ResNet(50, caffe=caffe, rngs=nnx.Rngs(0)))
+    strides = {
+        f"layer{stage}.{i}": (block.conv1.strides, block.conv2.strides)
+        for stage in (1, 2, 3, 4)
+        for i, block in enumerate(getattr(network, f"layer{stage}"))
+    }
+    assert len(strides) == 16
+    striding = {f"layer{stage}.0" for stage in (2, 3, 4)}
+    for name, found in strides.items():
+        here = ((2, 2), (1, 1)) if caffe else ((1, 1), (2, 2))
+        assert found == (here if name in striding else ((1, 1), (1, 1)))
+    arrays = abstract(Network(Model(Backbone(caffe=caffe)), Detector().predicts(80)))
+    assert arrays == gfl_r50()
+
+
 def test_impossible_backbones_are_named():
     with pytest.raises(ValueError, match="depth 20 is unknown"):
         ResNet(20, rngs=nnx.Rngs(0))
@@ -164,7 +207,7 @@ def test_impossible_backbones_are_named():
 
 
 def test_initial_head_is_that_of_the_reference():
-    head = GFLHead(64, 64, 64, width=64, stacked_convs=1, rngs=nnx.Rngs(0))
+    head = DenseHead(64, Predicts(64, 64), Head(width=64, stacked_convs=1), rngs=nnx.Rngs(0))
     for conv in (head.gfl_cls, head.gfl_reg, head.cls_convs[0].conv, head.reg_convs[0].conv):
         kernel = np.asarray(conv.kernel[...])
         assert abs(kernel.mean()) < 5e-4
@@ -198,6 +241,22 @@ def test_frozen_stages_are_not_trained(stages, prefixes):
     assert (variables.params | variables.frozen).keys() == whole.params.keys()
 
 
+@pytest.mark.parametrize("stages", [-1, 1])
+def test_constant_norms_of_the_backbone_are_not_trained(stages):
+    """Only they have scales and biases there, beside what is frozen anyway."""
+    variables = abstract(tiny(frozen_stages=stages, train_norm=False))
+    whole = abstract(tiny(frozen_stages=-1))
+    norms = {
+        name
+        for name in whole.params
+        if name.startswith("backbone.") and name.endswith((".scale", ".bias"))
+    }
+    assert {name.rsplit(".", 2)[1] for name in norms} == {"bn1", "bn2", "1"}  # downsample.1
+    assert variables.frozen.keys() == norms | abstract(tiny(frozen_stages=stages)).frozen.keys()
+    assert variables.params.keys() == whole.params.keys() - variables.frozen.keys()
+    assert "bbox_head.cls_convs.0.gn.scale" in variables.params
+
+
 # The forward pass.
 
 
@@ -218,11 +277,25 @@ def test_outputs_are_float32_whatever_the_convolutions_are(dtype):
 
 
 def test_padding_of_the_canvas_is_zero_for_the_network():
-    network = tiny()
     pixels = images()
+    expected = (pixels - np.array([123.675, 116.28, 103.53])) / [58.395, 57.12, 57.375]
+    check_normalized(tiny(), pixels, expected)
+
+
+def test_mean_and_std_are_in_the_order_of_the_channels():
+    pixels = images()
+    mean, std = (102.5, 115.25, 122.75), (1.0, 2.0, 4.0)
+    model = Model(mean=mean, std=std, channel_order="bgr")
+    network = Network(model, Detector().predicts(3))
+    expected = np.empty(pixels.shape)
+    for channel, colour in enumerate((2, 1, 0)):
+        expected[..., channel] = (pixels[..., colour] - mean[channel]) / std[channel]
+    check_normalized(network, pixels, expected)
+
+
+def check_normalized(network, pixels, expected):
     found = np.asarray(network.normalize(pixels, SIZES))
     assert found.dtype == np.float32
-    expected = (pixels - np.array([123.675, 116.28, 103.53])) / [58.395, 57.12, 57.375]
     for i, (height, width) in enumerate(SIZES):
         np.testing.assert_allclose(
             found[i, :height, :width], expected[i, :height, :width], rtol=1e-5, atol=1e-6

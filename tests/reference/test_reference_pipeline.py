@@ -6,6 +6,7 @@ import numpy as np
 
 from gfl_jax.data import images
 from gfl_jax.interop.stages import make_batch
+from gfl_jax.models.heads import Predicts
 from gfl_jax.models.network import Model, Network
 
 
@@ -38,14 +39,14 @@ def test_normalise_and_pad(pipeline_case, compare):
     """`batch.rgb` is what ResNets of torchvision see; `caffe` is BGR minus the means of FCOS."""
     found = [images.resize_keep_ratio(pipeline_case[f"images.{i}"], 160, 96)[0] for i in (1, 2)]
     batch = make_batch(found, [np.zeros((0, 4))] * 2, [np.zeros(0)] * 2)
-    means = {
-        "rgb": (Model().mean, Model().std),
-        "caffe": ((122.7717, 115.9465, 102.9801), (1,) * 3),
+    preprocessing = {
+        "rgb": (Model().mean, Model().std, "rgb"),
+        "caffe": ((102.9801, 115.9465, 122.7717), (1.0,) * 3, "bgr"),
     }
-    for colours, (mean, std) in means.items():
-        network = Network(Model(mean=mean, std=std), 1, 4)
+    for colours, (mean, std, order) in preprocessing.items():
+        model = Model(mean=mean, std=std, channel_order=order)
+        network = Network(model, Predicts(cls=1, box=4))
         ours = np.asarray(network.normalize(batch.images, batch.sizes)).transpose(0, 3, 1, 2)
-        ours = ours if colours == "rgb" else ours[:, ::-1]
         assert ours.shape == tuple(pipeline_case[f"batch_shape.{colours}"])
         padded = -(-batch.sizes // 32) * 32
         np.testing.assert_array_equal(padded, pipeline_case[f"pad_shape.{colours}"])

@@ -13,7 +13,14 @@ import numpy as np
 import optax
 import pytest
 
-from gfl_jax.config import Experiment, Train, from_dict, load_experiment, to_dict
+from gfl_jax.config import (
+    Experiment,
+    Train,
+    from_dict,
+    load_experiment,
+    load_rows,
+    to_dict,
+)
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.models.network import Variables
 from gfl_jax.priors import SquareAnchors
@@ -21,7 +28,8 @@ from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.step import init_state, sgd
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted(ROOT.glob("configs/*.py"))
+TABLES = sorted(ROOT.glob("configs/table_*.py"))
+CONFIGS = sorted(set(ROOT.glob("configs/*.py")) - set(TABLES))
 INFO = {"category_ids": [3, 7], "category_names": ["cat", "dog"], "AP": 0.25}
 
 
@@ -212,12 +220,21 @@ def test_an_experiment_survives_json(file):
     assert from_dict(Experiment, json.loads(json.dumps(to_dict(experiment)))) == experiment
 
 
+@pytest.mark.parametrize("file", TABLES, ids=lambda file: file.stem)
+def test_all_rows_of_a_table_survive_json(file):
+    for row in load_rows(file).values():
+        found = from_dict(Experiment, json.loads(json.dumps(to_dict(row.experiment))))
+        assert found == row.experiment
+
+
 def test_fields_that_are_absent_take_their_defaults():
-    assert from_dict(Experiment, {}) == Experiment()
-    found = from_dict(Experiment, {"train": {"milestones": [3, 4]}})
-    assert found.train == Train(milestones=(3, 4))
+    assert from_dict(Experiment, {"kind": "Experiment"}) == Experiment()
+    changed = {"kind": "Train", "milestones": [3, 4]}
+    found = from_dict(Experiment, {"kind": "Experiment", "train": changed})
+    assert found == Experiment(train=Train(milestones=(3, 4)))
 
 
 def test_a_field_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match="Train has no field learning_rate"):
-        from_dict(Experiment, {"train": {"learning_rate": 0.1}})
+        changed = {"kind": "Train", "learning_rate": 0.1}
+        from_dict(Experiment, {"kind": "Experiment", "train": changed})

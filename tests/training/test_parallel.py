@@ -10,6 +10,8 @@ import pytest
 from gfl_jax.config import Train
 from gfl_jax.detectors.dense import Detector, Losses
 from gfl_jax.detectors.postprocess import Inference
+from gfl_jax.models.fpn import Neck
+from gfl_jax.models.heads import Head, Predicts
 from gfl_jax.models.network import Backbone, Model, Network
 from gfl_jax.training.parallel import AXIS, Pmap, ShardMap, parallel
 from gfl_jax.training.step import (
@@ -76,8 +78,8 @@ def batches(make_batch):
 @pytest.fixture(scope="module")
 def network():
     backbone = Backbone(depth=18, width=8, norm="frozen_bn", frozen_stages=1)
-    model = Model(backbone=backbone, fpn_width=32, head_width=32, stacked_convs=1)
-    return Network(model, CLASSES, DETECTOR.box.channels)
+    model = Model(backbone, Neck(32), Head(width=32, stacked_convs=1))
+    return Network(model, DETECTOR.predicts(CLASSES))
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +182,7 @@ class LocalCounts(Detector):
 
 
 def test_the_comparison_sees_counts_that_are_not_summed(linear_network, batches):
-    network = linear_network(None, CLASSES, DETECTOR.box.channels)
+    network = linear_network(None, DETECTOR.predicts(CLASSES))
     one = Trainer(network, MAPPINGS["one device"]())
     wrong = Trainer(network, MAPPINGS["pmap"](), LocalCounts(**DETECTOR.__dict__))
     first = jax.device_get(one.first.variables.params)
@@ -223,7 +225,7 @@ class Energy:
 @pytest.fixture
 def quick(linear_network):
     """Makes trainers that compile at once."""
-    network = linear_network(None, CLASSES, 8)
+    network = linear_network(None, Predicts(CLASSES, 8))
     return lambda mapping: Trainer(network, MAPPINGS[mapping](), Energy())
 
 

@@ -1,6 +1,8 @@
 """Schedule and optimiser against section 12 of the reference, and what a step may change."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gfl_jax import systems
 from gfl_jax.config import Train
 from gfl_jax.detectors.dense import Detector
+from gfl_jax.models.fpn import Neck
+from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
 from gfl_jax.training.parallel import AXIS, Pmap
 from gfl_jax.training.step import init_state, learning_rate, make_train_step, sgd
@@ -68,6 +73,19 @@ def test_learning_rate_is_warm_up_times_drops(step, warmup, per_epoch, factor, m
     drops = sum(step >= milestone * per_epoch for milestone in milestones)
     rate = learning_rate(train, per_epoch)(jnp.int32(step))
     assert float(rate) == pytest.approx(0.02 * rise * 0.1**drops, rel=2e-5, abs=5e-9)
+
+
+@pytest.mark.parametrize("factor", [1 / 3, 0.0, 1.0])
+@pytest.mark.parametrize("warmup", [500, 2, 1, 0])
+def test_constant_warm_up_rises_at_once(factor, warmup):
+    train = Train(warmup="constant", warmup_steps=warmup, warmup_factor=factor, batch_size=8)
+    schedule = learning_rate(train, steps_per_epoch=100)
+    # As where it is linear, its last step has the whole rate, unless it is the first one too.
+    first = [step for step in (0, 1, 250, 498) if step < max(warmup - 1, warmup > 0)]
+    assert [float(schedule(step)) for step in first] == pytest.approx([0.005 * factor] * len(first))
+    whole = [step for step in (0, 1, 250, 498, 499, 500, 799) if step not in first]
+    assert [float(schedule(step)) for step in whole] == pytest.approx([0.005] * len(whole))
+    assert [float(schedule(step)) for step in (800, 1100)] == pytest.approx([0.0005, 0.00005])
 
 
 # ---------------------------------------------------------------------------- SGD
@@ -132,6 +150,87 @@ def test_sgd_is_torch_s(clip):
             np.testing.assert_allclose(trace[i][name], p.detach().numpy(), rtol=1e-5, atol=2e-6)
 
 
+def modules(seed, scale=1.0):
+    """Two convolutions, one without a bias, a norm and a factor."""
+    rng = np.random.default_rng(seed)
+    names = (
+        "a.conv.kernel",
+        "a.conv.bias",
+        "b.kernel",
+        "a.gn.scale",
+        "a.gn.bias",
+        "scales.0.scale",
+    )
+    return {name: (scale * rng.normal(size=(2, 3))).astype(np.float32) for name in names}
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.5])
+@pytest.mark.parametrize(("bias_lr", "bias_decay"), [(2.0, 0.0), (0.5, 1.0), (1.0, 3.0)])
+def test_biases_have_a_rate_and_a_decay_of_their_own(clip, bias_lr, bias_decay):
+    """The decay is of all biases, the rate of convolutions' alone."""
+    train = Train(weight_decay=0.1, bias_lr=bias_lr, bias_decay=bias_decay, clip_norm=clip)
+    gradients = [modules(1 + i, scale=[0.1, 3.0, 1.0, 0.2, 10.0][i]) for i in range(5)]
+    trace = optimised(train, modules(0), gradients)
+    for name, value in modules(0).items():
+        rate = bias_lr if name == "a.conv.bias" else 1.0
+        decay = 0.1 * (bias_decay if name in ("a.conv.bias", "a.gn.bias") else 1.0)
+        value, velocity = value.astype(np.float64), 0.0
+        for i, gradient in enumerate(gradients):
+            norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+            factor = min(1.0, clip / norm) if clip else 1.0
+            velocity = 0.9 * velocity + factor * gradient[name] + decay * value
+            value = value - RATES[i] * rate * velocity
+            np.testing.assert_allclose(trace[i][name], value, rtol=1e-5, atol=2e-6, err_msg=name)
+
+
+def test_biases_with_a_rate_and_a_decay_are_torch_s_parameter_groups():
+    torch = pytest.importorskip("torch")
+    train = Train(weight_decay=0.1, bias_lr=2.0, bias_decay=0.0)
+    gradients = [modules(1 + i) for i in range(5)]
+    trace = optimised(train, modules(0), gradients)
+    theirs = {name: torch.nn.Parameter(torch.tensor(p)) for name, p in modules(0).items()}
+    groups = [
+        {
+            "params": [p],
+            "factor": 2.0 if name == "a.conv.bias" else 1.0,
+            "weight_decay": 0.0 if name.endswith("bias") else 0.1,
+        }
+        for name, p in theirs.items()
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
+    for i, gradient in enumerate(gradients):
+        for group in optimizer.param_groups:
+            group["lr"] = RATES[i] * group["factor"]
+        for name, p in theirs.items():
+            p.grad = torch.tensor(gradient[name])
+        optimizer.step()
+        for name, p in theirs.items():
+            np.testing.assert_allclose(trace[i][name], p.detach().numpy(), rtol=1e-5, atol=2e-6)
+
+
+def test_only_biases_of_convolutions_are_faster_in_fcos():
+    """A step from the same gradient everywhere, without decay and momentum."""
+    train = dataclasses.replace(systems.fcos_improved.train, weight_decay=0.0)
+    assert (train.bias_lr, train.bias_decay) == (2.0, 0.0)
+    detector, model = systems.fcos_improved.detector, systems.fcos_improved.model
+    small = dataclasses.replace(
+        model,
+        backbone=dataclasses.replace(model.backbone, depth=18, width=8, train_norm=True),
+        neck=Neck(32),
+        head=dataclasses.replace(model.head, width=32),
+    )
+    network = Network(small, detector.predicts(3))
+    params = jax.eval_shape(lambda: network.init(0)).params
+    optimizer = sgd(train, optax.constant_schedule(0.25))
+    ones = {name: jnp.ones(array.shape) for name, array in params.items()}
+    updates, _ = optimizer.update(ones, optimizer.init(ones), ones)
+    norms = re.compile(r"(\.gn|\.bn\d|downsample\.1)\.bias$")
+    faster = {name for name in params if name.endswith(".bias") and not norms.search(name)}
+    assert len(faster) == 3 + 5 + 8 + 3  # laterals, pyramid, towers, outputs
+    for name, update in updates.items():
+        np.testing.assert_array_equal(update, -0.5 if name in faster else -0.25, err_msg=name)
+
+
 # ---------------------------------------------------------------------------- the step
 
 TRAIN = Train(
@@ -142,7 +241,7 @@ TRAIN = Train(
 @functools.cache
 def compiled(linear_network, ema_decay):
     """The step on one device, a state to start from (host arrays), and the mapping."""
-    network = linear_network(None, 3, Detector().box.channels)
+    network = linear_network(None, Detector().predicts(3))
     train = Train(**{**TRAIN.__dict__, "ema_decay": ema_decay})
     schedule = learning_rate(train, steps_per_epoch=2)
     optimizer = sgd(train, schedule)
@@ -266,8 +365,8 @@ def test_without_ema_the_parameters_themselves_are_evaluated(linear_network):
 )
 def test_frozen_stages_hold_exactly_the_named_stages(stages, prefixes):
     backbone = Backbone(depth=18, width=8, norm="frozen_bn", frozen_stages=stages)
-    model = Model(backbone=backbone, fpn_width=32, head_width=32, stacked_convs=1)
-    network = Network(model, 3, 68)
+    model = Model(backbone, Neck(32), Head(width=32, stacked_convs=1))
+    network = Network(model, Detector().predicts(3))
     params, frozen, _ = jax.eval_shape(lambda: network.init(0))
     assert all(name.startswith(prefixes) for name in frozen)
     assert not any(prefixes and name.startswith(prefixes) for name in params)

@@ -1,0 +1,209 @@
+"""SSD (Liu et al., arXiv 1512.02325): VGG-16 and extra levels, a pair of convolutions for each.
+
+Named as in the reference: backbone.features.N, neck.extra_layers, bbox_head.cls_convs, ...
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from gfl_jax.models.heads import Outputs, Predicts
+from gfl_jax.models.layers import ConvModule, conv2d, max_pool
+
+_xavier = nnx.initializers.xavier_uniform()
+_kaiming = nnx.initializers.he_normal()
+BLOCKS = (2, 2, 3, 3, 3)
+"""Convolutions of each block of VGG-16; all but the last end in a 2x2 max-pooling."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SSDModel:
+    """The network of SSD.
+
+    width: channels of VGG's first block; 64 in the paper.
+    extra_levels: pyramid levels after the two of VGG; 5 for 512 pixels. The last one is a 4x4
+        convolution, which makes 1x1 of 2x2: the sides of the input are 2^(extra_levels + 4).
+    pretrained: file of VGG-16 with fc6 and fc7 as convolutions (31 and 33).
+    dtype: of the convolutions.  mean, std: of RGB pixels, 0 to 255.
+    """
+
+    width: int = 64
+    extra_levels: int = 5
+    pretrained: str = ""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    channel_order = "rgb"
+
+    def is_frozen(self, name: str) -> bool:
+        """No parameter is."""
+        return False
+
+
+class VGG(nnx.Module):
+    """Images to the features of conv4_3 (stride 8) and of fc7 as a convolution (stride 16)."""
+
+    def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        convs: dict[str, nnx.Conv] = {}
+        index, c_in = 0, 3
+        for block, count in enumerate(BLOCKS):
+            c_out = width * min(2**block, 8)
+            for _ in range(count):
+                convs[str(index)] = conv2d(
+                    c_in, c_out, 3, kernel_init=_kaiming, dtype=dtype, rngs=rngs
+                )
+                index, c_in = index + 2, c_out  # a ReLU lies in between
+            index += 1  # the pooling
+        # fc6 of VGG: 7x7 thinned out to 3x3 at a distance of 6.
+        convs[str(index)] = nnx.Conv(
+            c_in,
+            16 * width,
+            (3, 3),
+            padding=((6, 6), (6, 6)),
+            kernel_dilation=(6, 6),
+            kernel_init=_kaiming,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        convs[str(index + 2)] = conv2d(
+            16 * width, 16 * width, 1, kernel_init=_kaiming, dtype=dtype, rngs=rngs
+        )
+        self.features = nnx.Dict(convs)
+
+    def __call__(self, x: Float[Array, "b h w 3"]) -> list[Float[Array, "b _ _ _"]]:
+        convs = (self.features[name] for name in sorted(self.features, key=int))
+        taken = []
+        for block, count in enumerate(BLOCKS):
+            for _ in range(count):
+                x = jax.nn.relu(next(convs)(x))
+            if block == 3:
+                taken.append(x)
+            if block < 4:
+                x = max_pool(x, 2, 2, (0, 1))  # an odd last row is pooled by itself
+        x = max_pool(x, 3, 1, (1, 1))
+        for conv in convs:
+            x = jax.nn.relu(conv(x))
+        return [*taken, x]
+
+
+class L2Norm(nnx.Module):
+    """Every pixel's channels scaled to length 1, then each channel by a learnable factor."""
+
+    def __init__(self, features: int):
+        self.scale = nnx.Param(jnp.full((features,), 20.0))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        x = x.astype(jnp.float32)
+        squared = (x**2).sum(-1, keepdims=True)
+        length = jnp.sqrt(jnp.where(squared > 0, squared, 1.0))  # a gradient at 0 too
+        return self.scale[...] * x / (jnp.where(squared > 0, length, 0.0) + 1e-10)
+
+
+class SSDNeck(nnx.Module):
+    """The two features of VGG, the first one normalised, and the extra levels."""
+
+    def __init__(self, width: int, extra_levels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        def conv(c_in, c_out, kernel_size, stride, padding):
+            module = ConvModule(
+                c_in,
+                c_out,
+                kernel_size,
+                stride=stride,
+                relu=True,
+                kernel_init=_xavier,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            module.conv.padding = ((padding, padding), (padding, padding))
+            return module
+
+        self.l2_norm = L2Norm(8 * width)
+        layers, c_in = [], 16 * width
+        for level in range(extra_levels):
+            c_out = width * (8 if level == 0 else 4)
+            kernel_size, stride = (4, 1) if level == extra_levels - 1 else (3, 2)
+            layers.append(
+                nnx.List(
+                    [
+                        conv(c_in, c_out // 2, 1, 1, 0),
+                        conv(c_out // 2, c_out, kernel_size, stride, 1),
+                    ]
+                )
+            )
+            c_in = c_out
+        self.extra_layers = nnx.List(layers)
+
+    def __call__(
+        self, features: Sequence[Float[Array, "b _ _ _"]]
+    ) -> list[Float[Array, "b _ _ _"]]:
+        first, x = features
+        levels = [self.l2_norm(first).astype(x.dtype), x]
+        for narrow, conv in self.extra_layers:
+            x = conv(narrow(x))
+            levels.append(x)
+        return levels
+
+
+class SSDHead(nnx.Module):
+    """One convolution for classes and one for boxes at each level."""
+
+    def __init__(
+        self, in_features: Sequence[int], predicts: Predicts, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        if len(in_features) != len(predicts.per_cell):
+            raise ValueError(
+                f"model.extra_levels makes {len(in_features)} levels, detector.priors have "
+                f"{len(predicts.per_cell)}"
+            )
+        if predicts.quality:
+            raise ValueError("SSD has no quality branch; choose another detector.quality")
+
+        def convs(channels, bias):
+            bias_init = nnx.initializers.constant(bias)
+            return nnx.List(
+                nnx.List(
+                    [
+                        conv2d(
+                            c,
+                            n * channels,
+                            3,
+                            kernel_init=_xavier,
+                            bias_init=bias_init,
+                            dtype=dtype,
+                            rngs=rngs,
+                        )
+                    ]
+                )
+                for c, n in zip(in_features, predicts.per_cell, strict=True)
+            )
+
+        self.cls_convs = convs(predicts.cls, predicts.cls_bias)
+        self.reg_convs = convs(predicts.box, 0.0)
+
+    def __call__(self, levels: Sequence[Float[Array, "b _ _ _"]]) -> Outputs:
+        def all_levels(convs):
+            pairs = zip(convs, levels, strict=True)
+            return [conv(x).astype(jnp.float32) for (conv,), x in pairs]
+
+        return Outputs(all_levels(self.cls_convs), all_levels(self.reg_convs))
+
+
+class SSD(nnx.Module):
+    """Backbone, neck and head; images normalised."""
+
+    def __init__(self, model: SSDModel, predicts: Predicts, *, rngs: nnx.Rngs):
+        dtype, width = jnp.dtype(model.dtype), model.width
+        features = [8 * width, 16 * width, 8 * width] + [4 * width] * (model.extra_levels - 1)
+        self.backbone = VGG(width, dtype=dtype, rngs=rngs)
+        self.neck = SSDNeck(width, model.extra_levels, dtype=dtype, rngs=rngs)
+        self.bbox_head = SSDHead(features, predicts, dtype=dtype, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Outputs:
+        return self.bbox_head(self.neck(self.backbone(images)))
