@@ -1,0 +1,424 @@
+"""The two claims behind the paper's tables, measured on finished runs.
+
+    python -m gfl_jax.analysis consistency RUN... --out consistency.png
+    python -m gfl_jax.analysis ambiguity RUN --out ambiguity.png
+
+`consistency`: does a detection's score rank it by how well it is placed? (figures 1 and 2 of the
+paper.) `ambiguity`: are predicted distributions flat where a side is unclear and sharp where it is
+clear? (figure 3.) Both write a picture and the numbers beside it.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    from gfl_jax.host import plain_errors, use_huge_pages
+
+    use_huge_pages()
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from gfl_jax.data import images
+from gfl_jax.data.batch import Batch
+from gfl_jax.data.coco import PreparedSplit
+from gfl_jax.data.loader import batches, eval_plan
+from gfl_jax.detectors.box import Gaussian, GeneralDistribution
+from gfl_jax.detectors.dense import Detector, flatten
+from gfl_jax.evaluation import ground_truth
+from gfl_jax.models.network import Network, Variables
+from gfl_jax.training.loop import Run, open_run
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+class Predictions(NamedTuple):
+    """The best candidates of an image before NMS, by descending score.
+
+    Arrays on devices or the host, with a leading axis for the images of a batch.
+
+    boxes: [n, 4], pixels of the original image.  scores, labels: [n].
+    raw: [n, channels], regression outputs of their priors.
+    strides: [n, 4], of their levels, in pixels of the original image, along (x, y, x, y).
+    """
+
+    boxes: Any
+    scores: Any
+    labels: Any
+    raw: Any
+    strides: Any
+
+
+def predictions(run: Run, count: int, limit: int = 0) -> Iterator[tuple[int, Predictions]]:
+    """Image ids and the `count` best candidates of each, whatever their score."""
+    detector = dataclasses.replace(
+        run.experiment.detector,
+        inference=dataclasses.replace(
+            run.experiment.detector.inference, score_threshold=0.0, nms_pre=count
+        ),
+    )
+    predict = jax.jit(functools.partial(_predict, run.network, detector, count))
+    batch_size = run.experiment.train.batch_size
+    plan = eval_plan(run.experiment.data, run.split, batch_size, limit)
+    loaded = batches(plan, run.split, range(plan.steps_per_epoch), run.experiment.data)
+    for host in tqdm(loaded, total=plan.steps_per_epoch, unit=" batches", leave=False):
+        found = jax.tree.map(np.asarray, predict(run.variables, host.batch))
+        for slot in np.flatnonzero(host.batch.image_mask):
+            image = jax.tree.map(lambda x, slot=slot: x[slot], found)
+            yield int(host.image_ids[slot]), image
+
+
+def _predict(
+    network: Network, detector: Detector, count: int, variables: Variables, batch: Batch
+) -> Predictions:
+    outputs, _ = network.apply(variables, batch.images, batch.sizes, train=False)
+    priors = detector.priors_of(outputs)
+    raw = flatten(outputs.box_logits, priors.per_cell)
+    boxes, scores, labels, index = detector.candidates(outputs, batch.sizes)
+    scores, best = jax.lax.top_k(scores, min(count, scores.shape[1]))
+    scale = jnp.tile(batch.scales, 2)[:, None]
+
+    def chosen(x):
+        return jnp.take_along_axis(x, best.reshape(*best.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+    index = chosen(index)
+    return Predictions(
+        boxes=chosen(boxes) / scale,
+        scores=scores,
+        labels=chosen(labels),
+        raw=jnp.take_along_axis(raw, index[..., None], axis=1),
+        strides=jnp.asarray(priors.strides)[index][..., None] / scale,
+    )
+
+
+class Truth(NamedTuple):
+    """The objects of an image. ambiguity: of each side, in pixels, where the data set knows it."""
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    ambiguity: np.ndarray
+
+
+def truth_of(split: PreparedSplit) -> dict[int, Truth]:
+    """The objects of every image, crowds left out."""
+    label_of = {category_id: label for label, category_id in enumerate(split.category_ids)}
+    found: dict[int, list[Any]] = {image_id: [] for image_id in split.image_ids.tolist()}
+    for annotation in ground_truth(split).dataset["annotations"]:
+        if not annotation["iscrowd"]:
+            x, y, w, h = annotation["bbox"]
+            ambiguity = annotation.get("ambiguity", [np.nan] * 4)
+            entry = [x, y, x + w, y + h, label_of[annotation["category_id"]], *ambiguity]
+            found[annotation["image_id"]].append(entry)
+    arrays = {image_id: np.array(rows).reshape(-1, 9) for image_id, rows in found.items()}
+    return {k: Truth(a[:, :4], a[:, 4].astype(int), a[:, 5:]) for k, a in arrays.items()}
+
+
+def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU of every box of a [n, 4] with every box of b [m, 4]."""
+    low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum(a[:, None, 2:], b[:, 2:])
+    common = np.maximum(high - low, 0).prod(-1)
+    areas = [np.maximum(boxes[:, 2:] - boxes[:, :2], 0).prod(-1) for boxes in (a, b)]
+    return common / np.maximum(areas[0][:, None] + areas[1] - common, 1e-9)
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's: the correlation of the ranks, equal values sharing their mean rank."""
+
+    def ranks(x: np.ndarray) -> np.ndarray:
+        _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - 0.5 * (counts - 1))[inverse]
+
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def scores_and_ious(run: Run, count: int, limit: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Of the `count` best candidates of every image: score, and IoU with an object of its class."""
+    truth = truth_of(run.split)
+    scores, ious = [], []
+    for image_id, found in predictions(run, count, limit):
+        objects = truth[image_id]
+        iou = overlaps(found.boxes, objects.boxes)
+        iou = np.where(found.labels[:, None] == objects.labels, iou, 0).max(1, initial=0)
+        scores.append(found.scores)
+        ious.append(iou)
+    return np.concatenate(scores), np.concatenate(ious)
+
+
+def consistency(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    titles: tuple[str, ...] = (),
+    count: int = 100,
+    out: Path = Path("consistency.png"),
+) -> None:
+    """Draws score against true IoU of the best candidates of every run, with rank correlations.
+
+    Of all candidates (a background box must not outrank an object) and of those that are on an
+    object (IoU of at least 0.5), on the evaluation images and on as many training images.
+
+    Args:
+        runs: work directories.
+        titles: of the runs; without them the names of the folders.
+        count: candidates of each image before NMS, the best by score.
+        out: picture to write, with the numbers beside it as .json.
+    """
+    if not runs:
+        raise ValueError("name at least one work directory")
+    columns = min(len(runs), 3)
+    shape = (-(-len(runs) // columns), columns)
+    figure, axes = plt.subplots(
+        *shape, figsize=(4.2 * shape[1], 3.8 * shape[0]), squeeze=False, layout="constrained"
+    )
+    numbers: dict[str, dict[str, float]] = {}
+    for i, workdir in enumerate(runs):
+        title = titles[i] if i < len(titles) else f"{workdir.parent.name}/{workdir.name}"
+        numbers[title] = {}
+        images = 0
+        for split in ("val", "train"):
+            run = open_run(workdir, split)
+            images = images or len(run.split.image_ids)
+            score, iou = scores_and_ious(run, count, images)
+            placed = iou >= 0.5
+            numbers[title] |= {
+                f"{split}, all": rank_correlation(score, iou),
+                f"{split}, on an object": rank_correlation(score[placed], iou[placed]),
+                f"{split}, share on an object": float(placed.mean()),
+            }
+            if split == "val":
+                ax = axes.flat[i]
+                ax.scatter(iou, score, s=2, alpha=0.15, edgecolors="none")
+                ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="true IoU", ylabel="score")
+                ax.grid(alpha=0.3)
+        all_, on_object = numbers[title]["val, all"], numbers[title]["val, on an object"]
+        ax.set_title(f"{title}\n{all_:.3f} all, {on_object:.3f} on an object", fontsize=10)
+        print(title, {name: round(value, 3) for name, value in numbers[title].items()}, flush=True)
+        jax.clear_caches()
+    for ax in axes.flat[len(runs) :]:
+        ax.axis("off")
+    figure.suptitle("score and true IoU of the best candidates before NMS; rank correlations")
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+    out.with_suffix(".json").write_text(json.dumps(numbers, indent=1))
+    print(f"{out}, {out.with_suffix('.json')}")
+
+
+class Sides(NamedTuple):
+    """Sides (left, top, right, bottom) of the objects that were found, [n, 4] each, in pixels.
+
+    ambiguity: the true one.  spread: predicted standard deviation.
+
+    excess: the part of the spread that a distribution of two neighbouring bins with the same mean
+    does not have, which is what DFL makes of a side that is clear.
+    """
+
+    ambiguity: np.ndarray
+    spread: np.ndarray
+    excess: np.ndarray
+
+
+def sides_of(run: Run, iou: float = 0.6) -> Sides:
+    """Every side of every object whose best-scored candidate overlaps it by `iou`.
+
+    Raises:
+        ValueError: the box representation has no spread, the data no ambiguities, or no object is
+            found.
+    """
+    box = run.experiment.detector.box
+    if not isinstance(box, GeneralDistribution | Gaussian):
+        raise ValueError(f"{box} says nothing about its certainty; use a General distribution")
+    truth = truth_of(run.split)
+    if all(np.isnan(objects.ambiguity).any() for objects in truth.values()):
+        raise ValueError("the annotations have no field 'ambiguity': use the `shapes` data set")
+    parts = []
+    for image_id, found in predictions(run, 100):
+        objects = truth[image_id]
+        good = overlaps(objects.boxes, found.boxes) >= iou
+        good &= objects.labels[:, None] == found.labels
+        for i in np.flatnonzero(good.any(1)):
+            best = int(np.argmax(good[i]))  # candidates come by descending score
+            spread = np.asarray(box.spread(found.raw[best])) * found.strides[best]
+            excess = _excess(box, found.raw[best]) * found.strides[best]
+            parts.append((objects.ambiguity[i], spread, excess))
+    if not parts:
+        raise ValueError(f"no object is overlapped by {iou}: train longer, or on more data")
+    return Sides(*(np.stack(column) for column in zip(*parts, strict=True)))
+
+
+def larger_opposite(ambiguity: np.ndarray, values: np.ndarray) -> float:
+    """How often, of a blurred and a sharp side opposite to each other, the blurred has more.
+
+    Both are of the same object, so of the same size and level: nothing but the blur differs.
+    """
+    first, second = (x.reshape(-1, 2, 2) for x in (ambiguity, values))  # objects, ends, axes
+    one = (first > 0).sum(1) == 1
+    difference = np.where(first[:, 0] > 0, 1, -1) * (second[:, 0] - second[:, 1])
+    return float((difference[one] > 0).mean()) if one.any() else float("nan")
+
+
+def _excess(box: GeneralDistribution | Gaussian, raw: Any) -> np.ndarray:
+    """Standard deviation beyond that of the two bins next to the mean, in strides."""
+    spread = np.asarray(box.spread(raw))
+    if isinstance(box, Gaussian):
+        return spread
+    bins = np.asarray(box.parameters(raw)) / box.delta
+    between = (bins - np.floor(bins)) * (np.ceil(bins) - bins) * box.delta**2
+    return np.sqrt(np.maximum(spread**2 - between, 0))
+
+
+def ambiguity(run: tyro.conf.Positional[Path], out: Path = Path("ambiguity.png")) -> None:
+    """Draws predicted spread against true ambiguity of every side, and examples.
+
+    Args:
+        run: work directory of a run on `shapes` whose boxes are distributions.
+        out: picture to write; examples go beside it as -examples.png, numbers as .json.
+    """
+    opened = open_run(run)
+    by_object = sides_of(opened)
+    sides = Sides(*(column.reshape(-1) for column in by_object))
+    blurred = sides.ambiguity > 0
+    numbers = {
+        "sides": len(blurred),
+        "blurred sides": int(blurred.sum()),
+        "rank correlation, all sides": rank_correlation(sides.ambiguity, sides.spread),
+        "rank correlation, blurred sides": rank_correlation(
+            sides.ambiguity[blurred], sides.spread[blurred]
+        ),
+        "rank correlation of the excess, all sides": rank_correlation(
+            sides.ambiguity, sides.excess
+        ),
+        "rank correlation of the excess, blurred sides": rank_correlation(
+            sides.ambiguity[blurred], sides.excess[blurred]
+        ),
+        "opposite sides, the blurred one has the larger spread": larger_opposite(
+            by_object.ambiguity, by_object.spread
+        ),
+        "opposite sides, the blurred one has the larger excess": larger_opposite(
+            by_object.ambiguity, by_object.excess
+        ),
+        "median spread of sharp sides": float(np.median(sides.spread[~blurred])),
+        "median spread of blurred sides": float(np.median(sides.spread[blurred])),
+        "median excess of sharp sides": float(np.median(sides.excess[~blurred])),
+        "median excess of blurred sides": float(np.median(sides.excess[blurred])),
+    }
+    edges = np.quantile(sides.ambiguity[blurred], [0, 0.25, 0.5, 0.75, 1])
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for ax, values, what in (
+        (panels[0], sides.spread, "standard deviation"),
+        (panels[1], sides.excess, "standard deviation beyond two neighbouring bins"),
+    ):
+        groups = [values[~blurred]] + [
+            values[blurred & (sides.ambiguity >= low) & (sides.ambiguity <= high)]
+            for low, high in itertools.pairwise(edges)
+        ]
+        names = ["sharp"] + [f"{a:.1f} to {b:.1f}" for a, b in itertools.pairwise(edges)]
+        labels = [f"{name}\n({len(group)})" for name, group in zip(names, groups, strict=True)]
+        ax.boxplot(groups, tick_labels=labels, showfliers=False)
+        ax.set(xlabel="true ambiguity of the side, px (sides)", ylabel=f"predicted {what}, px")
+        ax.set_title(f"rank correlation {rank_correlation(sides.ambiguity, values):.3f}")
+        ax.grid(alpha=0.3)
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+    examples = out.with_name(f"{out.stem}-examples.png")
+    _draw_examples(opened, examples)
+    out.with_suffix(".json").write_text(json.dumps(numbers, indent=1))
+    print(json.dumps(numbers, indent=1))
+    print(f"{out}, {examples}, {out.with_suffix('.json')}")
+
+
+def _draw_examples(run: Run, out: Path, count: int = 8) -> None:
+    """Objects with a clear and an unclear side: the predicted distribution along each side."""
+    box: Any = run.experiment.detector.box
+    truth = truth_of(run.split)
+    where = {image_id: i for i, image_id in enumerate(run.split.image_ids.tolist())}
+    chosen = []
+    for image_id, found in predictions(run, 100):
+        objects = truth[image_id]
+        good = (overlaps(objects.boxes, found.boxes) >= 0.7) & (
+            objects.labels[:, None] == found.labels
+        )
+        for i in np.flatnonzero(good.any(1)):
+            unclear = (
+                objects.ambiguity[i].max() / (objects.boxes[i, 2:] - objects.boxes[i, :2]).max()
+            )
+            best = int(np.argmax(good[i]))
+            chosen.append(
+                (unclear, image_id, i, found.boxes[best], found.raw[best], found.strides[best])
+            )
+    chosen = sorted(chosen, key=lambda entry: -entry[0])[:count]
+    figure, axes = plt.subplots(2, -(-count // 2), figsize=(16, 8.6), layout="constrained")
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, (_, image_id, i, predicted, raw, strides) in zip(axes.flat, chosen, strict=False):
+        record = run.split.source[where[image_id]]
+        picture = images.decode(record["image"], (record["height"], record["width"]))
+        ax.imshow(picture)
+        target, sigma = truth[image_id].boxes[i], truth[image_id].ambiguity[i]
+        ax.add_patch(
+            plt.Rectangle(target[:2], *(target[2:] - target[:2]), fill=False, color="white", lw=1)
+        )
+        ax.add_patch(
+            plt.Rectangle(
+                predicted[:2], *(predicted[2:] - predicted[:2]), fill=False, color="yellow", lw=1
+            )
+        )
+        mean = np.asarray(box.parameters(raw))
+        for side in range(4):
+            at, density = _density(box, raw, side)
+            sign = -1 if side < 2 else 1
+            # The prior's centre along the axis, from the side and its expected distance.
+            seen = density > 0.02 * density.max()
+            at, density = at[seen], density[seen]
+            along = predicted[side] + sign * (at - mean[side]) * strides[side]
+            height = 0.25 * (predicted[2:] - predicted[:2]).max() * density / density.max()
+            style: dict[str, Any] = {
+                "color": "cyan" if side < 2 else "magenta",
+                "lw": 1.5,
+                "marker": ".",
+            }
+            if side % 2 == 0:
+                ax.plot(along, predicted[3] + height, **style)
+            else:
+                ax.plot(predicted[2] + height, along, **style)
+        ax.set_xlim(-0.5, record["width"] + 24)
+        ax.set_ylim(record["height"] + 24, -0.5)
+        ax.set_title(
+            "ambiguity (l, t, r, b): " + ", ".join(f"{s:.1f}" for s in sigma) + " px", fontsize=9
+        )
+    figure.suptitle(
+        "truth white, prediction yellow; beside the box the distributions of left/top (cyan) and "
+        "right/bottom (magenta)"
+    )
+    figure.savefig(out, dpi=90)
+    plt.close(figure)
+
+
+def _density(
+    box: GeneralDistribution | Gaussian, raw: Any, side: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distances in strides and their probability, up to a factor."""
+    if isinstance(box, GeneralDistribution):
+        logits = np.asarray(box.logits(raw))[side]
+        return box.delta * np.arange(box.n + 1), np.exp(logits - logits.max())
+    mean, spread = np.asarray(box.parameters(raw))[side], np.asarray(box.spread(raw))[side]
+    at = mean + spread * np.linspace(-3, 3, 61)
+    return at, np.exp(-0.5 * ((at - mean) / spread) ** 2)
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        tyro.extras.subcommand_cli_from_dict(
+            {"consistency": consistency, "ambiguity": ambiguity},
+            prog="python -m gfl_jax.analysis",
+            description=__doc__,
+        )

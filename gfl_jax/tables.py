@@ -1,0 +1,335 @@
+"""The paper's tables: trains every row, evaluates, and writes it beside the paper's numbers.
+
+    python -m gfl_jax.tables 1a --data COCO --seeds 3
+    python -m gfl_jax.tables 1a --rows 'atss_*' --data shapes --budget small
+
+The rows are those of configs/table_1a.py and so on. A row that stands in several tables is trained
+once; what is finished is not done again, and what was interrupted continues. Writes TABLE.md, a
+plot TABLE.png and all numbers TABLE.json into --out.
+"""
+
+import dataclasses
+import fnmatch
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+if __name__ == "__main__":
+    from gfl_jax.host import plain_errors, use_huge_pages
+
+    use_huge_pages()
+
+import jax
+import matplotlib
+import numpy as np
+import tyro
+
+from gfl_jax.config import Data, Experiment, Row, Train, load_experiment, load_rows, to_dict
+from gfl_jax.data.loader import open_split
+from gfl_jax.models.network import Backbone, Model, Network
+from gfl_jax.models.ssd import SSDModel
+from gfl_jax.priors import SSDBoxes
+from gfl_jax.systems import changed
+from gfl_jax.training.loop import Evaluator, fit, open_run
+from gfl_jax.training.metrics import read_metrics
+from gfl_jax.training.parallel import parallel
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TABLES = ("1a", "1b", "1c", "2a", "2b", "2c", "3")
+METRICS = ("AP", "AP50", "AP75", "APS", "APM", "APL")
+SPEED = "images_per_second"
+WITH_SPEED = ("3",)
+"""Tables of which the paper states images/s."""
+PAPER_SPEED = 19.4
+SMALL_STEPS, SMALL_BATCH, SMALL_PIXELS = 1500, 8, 128 * 128
+
+
+def small(experiment: Experiment, num_images: int) -> Experiment:
+    """The same choices as a laptop trains them in about four minutes.
+
+    A ResNet-18 of half width (SSD: VGG of a quarter) from random weights, pyramid and head 64 wide
+    with two convolutions a tower, and as many steps of eight images as take the time of 1500 at
+    128 x 128 pixels. Towers have GroupNorm, also those of RetinaNet and FoveaBox: without one they
+    learn nothing from random weights in this time.
+
+    Args:
+        experiment: a row with the data to use.
+        num_images: training images, which make an epoch.
+    """
+    width, height = experiment.data.scale
+    steps = SMALL_STEPS * SMALL_PIXELS / (width * height)
+    epochs = max(round(steps * SMALL_BATCH / num_images / experiment.data.repeats), 1)
+    train = Train(
+        batch_size=SMALL_BATCH,
+        lr=0.08 * experiment.train.lr / Train().lr,
+        weight_decay=experiment.train.weight_decay,
+        bias_lr=experiment.train.bias_lr,
+        bias_decay=experiment.train.bias_decay,
+        epochs=epochs,
+        milestones=(max(round(0.75 * epochs), 1),),
+        warmup_steps=100,
+        warmup_factor=0.01,
+        clip_norm=35.0,
+        eval_every=0,
+        seed=experiment.train.seed,
+    )
+    if isinstance(experiment.model, SSDModel):
+        levels = (min(width, height) // 8).bit_length()  # down to one cell
+        ratios = ((2,), *((2, 3),) * (levels - 3), (2,), (2,))
+        strides = tuple(8 * 2**level for level in range(levels))
+        return dataclasses.replace(
+            changed(
+                experiment,
+                detector={"priors": SSDBoxes(min(width, height), ratios=ratios, strides=strides)},
+            ),
+            model=SSDModel(width=16, extra_levels=levels - 2),
+            train=train,
+        )
+    model = experiment.model
+    return dataclasses.replace(
+        experiment,
+        model=Model(
+            backbone=Backbone(depth=18, width=32, norm="bn", frozen_stages=-1),
+            neck=dataclasses.replace(model.neck, width=64),
+            head=dataclasses.replace(model.head, width=64, stacked_convs=2, norm="gn"),
+        ),
+        train=train,
+    )
+
+
+def data_of(source: str, budget: str, own: Data) -> Data:
+    """The data of a row: from elsewhere, seen as the row's own are.
+
+    Args:
+        source: 'shapes'; a folder in COCO 2017's layout; or a config file whose data it is, with
+            the folder of its root behind a colon: CONFIG.py:FOLDER.
+        budget: with 'small', images fit 128 x 128 pixels (shapes and SSD) or 192 x 144.
+        own: the row's.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+    """
+    if source == "shapes":
+        data = Data(source="shapes", workers=0, cache_megabytes=192)
+    elif ".py" in source:
+        file, _, root = source.partition(".py:")
+        data = load_experiment(f"{file}.py" if root else source).data
+        data = dataclasses.replace(data, root=root or data.root)
+    elif Path(source).expanduser().is_dir():
+        data = dataclasses.replace(own, root=source)
+    else:
+        raise FileNotFoundError(
+            f"--data is {source!r}: give 'shapes', a folder that holds annotations/, train2017/ "
+            "and val2017/, or a config file whose data it is"
+        )
+    data = dataclasses.replace(
+        data,
+        scale=own.scale,
+        multi_scale=own.multi_scale,
+        canvases=own.canvases,
+        flip=own.flip,
+        keep_ratio=own.keep_ratio,
+        augmentation=own.augmentation,
+        repeats=own.repeats,
+    )
+    if budget == "full":
+        return data
+    square = source == "shapes" or not own.keep_ratio
+    return dataclasses.replace(
+        data,
+        scale=(128, 128) if square else (192, 144),
+        multi_scale=None,
+        canvases=(),
+        repeats=1,
+        workers=0,
+        cache_megabytes=256,
+    )
+
+
+def jobs_of(table: str, configs: Path = CONFIGS) -> dict[str, tuple[Row, str]]:
+    """The rows of a table, each with the name it is trained under.
+
+    That is the table and row where the experiment stands first, in the order of the tables.
+
+    Raises:
+        ValueError: there is no such table.
+    """
+    if table not in TABLES:
+        raise ValueError(f"there is no table {table!r}; there are {', '.join(TABLES)}")
+    first: dict[Experiment, str] = {}
+    for name in TABLES[: TABLES.index(table) + 1]:
+        rows = load_rows(configs / f"table_{name}.py")
+        for key, row in rows.items():
+            first.setdefault(row.experiment, f"{name}_{key}")
+    return {key: (row, first[row.experiment]) for key, row in rows.items()}
+
+
+def train_row(experiment: Experiment, workdir: Path) -> dict[str, float]:
+    """Trains and evaluates an experiment in `workdir`, from where it was left off.
+
+    Returns:
+        pycocotools' numbers of the last evaluation and images/s. They are kept in result.json: a
+        finished experiment is not run again.
+
+    Raises:
+        ValueError: the folder holds another experiment.
+    """
+    file = workdir / "result.json"
+    as_json = to_dict(experiment)
+    if file.is_file():
+        kept = json.loads(file.read_text())
+        if kept["experiment"] != as_json:
+            raise ValueError(f"{workdir} holds another experiment; name another --out")
+        return kept["metrics"]
+    train_split = open_split(experiment.data, "train")
+    val_split = open_split(experiment.data, "val")
+    predicts = experiment.detector.predicts(len(train_split.category_ids))
+    network = Network(experiment.model, predicts)
+    devices = parallel(experiment.train.mapping, experiment.train.batch_size)
+    started = time.perf_counter()
+    fit(experiment, network, train_split, val_split, devices, workdir)
+    last = [entry for entry in read_metrics(workdir) if entry["kind"] == "val"][-1]
+    metrics = {name: last[name] for name in METRICS}
+    metrics["minutes"] = (time.perf_counter() - started) / 60
+    file.write_text(json.dumps({"metrics": metrics, "experiment": as_json}))
+    jax.clear_caches()
+    return metrics
+
+
+def speeds(workdirs: list[Path], rounds: int = 5) -> list[float]:
+    """Images/s of finished runs with post-processing, measured in turn on their first batches."""
+    runs = []
+    for workdir in workdirs:
+        experiment, network, variables, split = open_run(workdir)
+        batch_size = experiment.train.batch_size
+        devices = parallel(experiment.train.mapping, batch_size)
+        evaluator = Evaluator(experiment, network, devices, split, batch_size)
+        runs.append((evaluator, devices.replicate(variables)))
+    found = [
+        [evaluator.images_per_second(variables, repeats=3)[0] for evaluator, variables in runs]
+        for _ in range(rounds)
+    ]
+    return np.median(found, axis=0).tolist()
+
+
+def markdown(rows: list[Row], results: list[list[dict[str, float]]], speed: list[float]) -> str:
+    """The table: of every row mean and deviation over seeds, in percent, beside the paper's."""
+    head = [
+        "row",
+        *METRICS,
+        "seeds",
+        *(["images/s"] if speed else []),
+        *(f"paper {m}" for m in METRICS),
+    ]
+    if speed:
+        head.append("paper images/s")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for i, (row, runs) in enumerate(zip(rows, results, strict=True)):
+        cells = [row.title]
+        for metric in METRICS:
+            values = [100 * run[metric] for run in runs if run[metric] >= 0]  # -1: no such objects
+            deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.1f}{deviation}" if values else "")
+        cells.append(str(len(runs)))
+        cells += [f"{speed[i]:.1f}"] if speed else []
+        cells += [f"{value:.1f}" for value in row.paper] + [""] * (len(METRICS) - len(row.paper))
+        cells += [f"{PAPER_SPEED:.1f}"] if speed else []
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(file: Path, title: str, rows: list[Row], results: list[list[dict[str, float]]]) -> None:
+    """Writes a PNG of AP, AP50 and AP75: ours, every seed a dot, above the paper's."""
+    figure, axes = plt.subplots(
+        2, 3, figsize=(13, 2.2 + 0.5 * len(rows)), sharey=True, layout="constrained"
+    )
+    names = [row.title for row in rows]
+    y = np.arange(len(rows))
+    for column, metric in enumerate(METRICS[:3]):
+        ours, paper = axes[:, column]
+        values = [[100 * run[metric] for run in runs] for runs in results]
+        ours.hlines(y, [min(v) for v in values], [max(v) for v in values], color="0.6")
+        for row, seeds in enumerate(values):
+            ours.plot(seeds, [row] * len(seeds), ".", color="C0", alpha=0.6)
+        ours.plot([np.mean(v) for v in values], y, "|", color="C0", markersize=16)
+        ours.set_title(f"{metric}, here", fontsize=10)
+        stated = [row.paper[column] if column < len(row.paper) else np.nan for row in rows]
+        paper.plot(stated, y, "|", color="C1", markersize=16)
+        paper.set_title(f"{metric}, paper (COCO)", fontsize=10)
+        for ax in (ours, paper):
+            ax.set_yticks(y, names)
+            ax.grid(alpha=0.3)
+    axes[0, 0].invert_yaxis()
+    figure.suptitle(title)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def main(
+    tables: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TABLE...")],
+    data: str = "shapes",
+    seeds: int = 1,
+    budget: Literal["full", "small"] = "full",
+    rows: str = "*",
+    out: Path = Path("runs/tables"),
+    configs: Path = CONFIGS,
+) -> None:
+    """Trains the rows of tables and writes them beside the paper's numbers.
+
+    Args:
+        tables: 1a, 1b, 1c, 2a, 2b, 2c or 3; several are done seed by seed.
+        data: 'shapes'; a folder in COCO 2017's layout; or a config file whose data it is, with the
+            folder of its root behind a colon: configs/gfl_r18_fpn_bccd.py:BCCD.
+        seeds: runs of every row, seeds 0, 1, ...
+        budget: 'full' as the config says; 'small' about four minutes a row on two cores.
+        rows: which rows, a pattern such as 'atss_*'.
+        out: folder of all runs and tables.
+        configs: folder of table_1a.py and so on.
+    """
+    chosen: dict[str, dict[str, tuple[Row, str]]] = {}
+    for table in tables:
+        found = jobs_of(table, configs)
+        chosen[table] = {k: v for k, v in found.items() if fnmatch.fnmatch(k, rows)}
+        if not chosen[table]:
+            raise ValueError(f"table {table} has no row {rows!r}; it has {', '.join(found)}")
+    work = [
+        (seed, name, row)
+        for seed in range(seeds)
+        for name, row in {n: r for t in chosen.values() for r, n in t.values()}.items()
+    ]
+    results: dict[str, list[dict[str, float]]] = {}
+    for i, (seed, name, row) in enumerate(work):
+        print(f"\n[{i + 1} of {len(work)}] {name}: {row.title}, seed {seed}", flush=True)
+        experiment = dataclasses.replace(
+            row.experiment,
+            data=data_of(data, budget, row.experiment.data),
+            train=dataclasses.replace(row.experiment.train, seed=seed),
+        )
+        if budget == "small":
+            train_split = open_split(experiment.data, "train")
+            experiment = small(experiment, int((train_split.num_boxes > 0).sum()))
+        metrics = train_row(experiment, out / name / f"seed{seed}")
+        print(", ".join(f"{key} {value:.3f}" for key, value in metrics.items()), flush=True)
+        results.setdefault(name, []).append(metrics)
+
+    for table, found in chosen.items():
+        runs = [results[name] for _, name in found.values()]
+        values = [row for row, _ in found.values()]
+        speed = []
+        if table in WITH_SPEED:
+            speed = speeds([out / name / "seed0" for _, name in found.values()])
+        text = markdown(values, runs, speed)
+        file = out / f"table_{table}"
+        file.with_suffix(".md").write_text(text)
+        file.with_suffix(".json").write_text(json.dumps(dict(zip(found, runs, strict=True))))
+        plot(file.with_suffix(".png"), f"table {table}: {budget} budget, {data}", values, runs)
+        print(f"\ntable {table}\n\n{text}\n{file}.md, .png, .json")
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        tyro.cli(main, prog="python -m gfl_jax.tables", description=__doc__)

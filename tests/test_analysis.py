@@ -1,0 +1,186 @@
+"""Rank correlation, and the measures of consistency and ambiguity, where the answer is known."""
+
+import json
+
+import cv2
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gfl_jax import analysis, tables
+from gfl_jax.analysis import (
+    Predictions,
+    Truth,
+    larger_opposite,
+    overlaps,
+    rank_correlation,
+    sides_of,
+)
+from gfl_jax.config import Data, Experiment, Train
+from gfl_jax.data.shapes import Shapes
+from gfl_jax.detectors.box import Deltas, Gaussian, GeneralDistribution
+from gfl_jax.systems import changed
+from gfl_jax.training import loop
+from gfl_jax.training.loop import Run
+
+
+def test_rank_correlation_sees_order_alone():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=200)
+    assert rank_correlation(x, np.exp(x)) == pytest.approx(1)
+    assert rank_correlation(x, -(x**3)) == pytest.approx(-1)
+    assert abs(rank_correlation(x, rng.normal(size=200))) < 0.2
+    assert np.isnan(rank_correlation(x, np.ones(200)))
+    assert np.isnan(rank_correlation(x[:1], x[:1]))
+
+
+def test_equal_values_share_their_rank():
+    # By the textbook formula 1 - 6 sum d^2 / (n (n^2 - 1)) without ties, and by hand with one.
+    a, b = np.array([3.0, 1.0, 4.0, 2.0, 5.0]), np.array([2.0, 1.0, 5.0, 3.0, 4.0])
+    assert rank_correlation(a, b) == pytest.approx(1 - 6 * 4 / (5 * 24))
+    tied = np.array([1.0, 2.0, 2.0, 3.0])
+    ranks = np.array([1.0, 2.5, 2.5, 4.0])
+    expected = np.corrcoef(ranks, [1, 3, 2, 4])[0, 1]
+    assert rank_correlation(tied, np.array([0.1, 0.3, 0.2, 0.4])) == pytest.approx(expected)
+
+
+def test_overlaps_are_ious():
+    a = np.array([[0, 0, 2, 2], [0, 0, 0, 5]], float)
+    b = np.array([[1, 0, 3, 2], [0, 0, 2, 2], [5, 5, 6, 6]], float)
+    np.testing.assert_allclose(overlaps(a, b), [[1 / 3, 1, 0], [0, 0, 0]])
+    assert overlaps(a, np.zeros((0, 4))).shape == (2, 0)
+
+
+def two_bins(mean, extra=0.0):
+    """Logits of a distribution over bins next to `mean`, a share `extra` of it three bins away."""
+    p = np.full(17, 1e-12)
+    low = int(mean)
+    p[low], p[low + 1] = (1 - extra) * (low + 1 - mean), (1 - extra) * (mean - low) + 1e-12
+    p[low + 3] += extra / 2
+    p[low - 2] += extra / 2
+    return np.log(p)
+
+
+def run_of(box, found, truth, monkeypatch):
+    monkeypatch.setattr(analysis, "predictions", lambda *_: iter(found))
+    monkeypatch.setattr(analysis, "truth_of", lambda _: truth)
+    return Run(changed(Experiment(), detector={"box": box}), None, None, None)
+
+
+def test_spread_and_excess_are_those_of_the_best_candidate_of_each_object(monkeypatch):
+    box = GeneralDistribution()
+    sharp = np.stack([two_bins(m) for m in (3.25, 4.5, 5.0, 2.75)])
+    wide = np.stack([two_bins(m, 0.4) for m in (3.25, 4.5, 5.0, 2.75)])
+    target = np.array([10.0, 20.0, 50.0, 70.0])
+    boxes = np.array([[10, 20, 50, 70], [11, 20, 50, 70], [100, 100, 120, 120]], float)
+    found = Predictions(
+        boxes,
+        np.array([0.9, 0.8, 0.7]),
+        np.array([1, 0, 1]),
+        np.stack([wide, sharp, sharp]).reshape(3, -1),
+        np.array([[8, 16, 8, 16], [8, 8, 8, 8], [8, 8, 8, 8]], float),
+    )
+    ambiguity = np.array([0.0, 1.0, 2.0, 3.0])
+    truth = {
+        7: Truth(np.stack([target, target + 300]), np.array([1, 1]), np.tile(ambiguity, (2, 1)))
+    }
+    sides = sides_of(run_of(box, [(7, found)], truth, monkeypatch))
+    np.testing.assert_array_equal(sides.ambiguity, [ambiguity])  # the other object was not found
+    p = np.exp(wide)
+    mean = (p * np.arange(17)).sum(1)
+    variance = (p * np.arange(17) ** 2).sum(1) - mean**2
+    np.testing.assert_allclose(sides.spread[0], np.sqrt(variance) * [8, 16, 8, 16], rtol=1e-3)
+    between = (mean - np.floor(mean)) * (np.ceil(mean) - mean)
+    excess = np.sqrt(variance - between) * [8, 16, 8, 16]
+    np.testing.assert_allclose(sides.excess[0], excess, rtol=1e-3)
+
+
+def test_what_dfl_makes_of_a_clear_side_has_no_excess(monkeypatch):
+    raw = np.stack([two_bins(m) for m in (3.25, 4.5, 5.0, 2.75)]).reshape(-1)
+    found = Predictions(
+        np.array([[0.0, 0.0, 9.0, 9.0]]),
+        np.array([0.9]),
+        np.array([0]),
+        jnp.asarray(raw[None], jnp.float32),
+        np.full((1, 4), 8.0),
+    )
+    truth = {1: Truth(np.array([[0.0, 0.0, 9.0, 9.0]]), np.array([0]), np.zeros((1, 4)))}
+    sides = sides_of(run_of(GeneralDistribution(), [(1, found)], truth, monkeypatch))
+    assert (sides.spread[0, [0, 1, 3]] > 3).all()
+    np.testing.assert_allclose(sides.excess, 0, atol=0.05)
+
+
+def test_a_gaussian_says_its_spread(monkeypatch):
+    raw = np.concatenate([np.full(4, 2.0), np.log([0.25, 1.0, 4.0, 9.0])])
+    found = Predictions(
+        np.array([[0.0, 0.0, 9.0, 9.0]]),
+        np.array([0.9]),
+        np.array([0]),
+        raw[None],
+        np.full((1, 4), 8.0),
+    )
+    truth = {1: Truth(np.array([[0.0, 0.0, 9.0, 9.0]]), np.array([0]), np.zeros((1, 4)))}
+    sides = sides_of(run_of(Gaussian(), [(1, found)], truth, monkeypatch))
+    np.testing.assert_allclose(sides.spread[0], [4, 8, 16, 24], rtol=1e-5)
+
+
+def test_opposite_sides_are_compared_where_one_of_them_is_blurred():
+    ambiguity = np.array([[2, 0, 0, 0], [0, 0, 3, 0], [1, 0, 2, 0], [0, 1, 0, 0]], float)
+    spread = np.array([[5, 9, 4, 1], [5, 0, 6, 7], [0, 0, 9, 9], [0, 3, 0, 4]], float)
+    # left > right, right > left, (both blurred), top < bottom
+    assert larger_opposite(ambiguity, spread) == pytest.approx(2 / 3)
+    assert np.isnan(larger_opposite(np.zeros((2, 4)), spread[:2]))
+
+
+def test_boxes_without_a_spread_and_data_without_ambiguity_are_named(monkeypatch):
+    with pytest.raises(ValueError, match="Deltas"):
+        sides_of(run_of(Deltas(), [], {}, monkeypatch))
+    truth = {1: Truth(np.zeros((1, 4)), np.zeros(1, int), np.full((1, 4), np.nan))}
+    with pytest.raises(ValueError, match="ambiguity"):
+        sides_of(run_of(GeneralDistribution(), [], truth, monkeypatch))
+
+
+def test_a_run_is_drawn_with_its_numbers(tmp_path, linear_network, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "Network", linear_network)
+    monkeypatch.setattr(loop, "Network", linear_network)
+    shapes = Shapes(num_train=12, num_val=9, image_size=(64, 64))
+    data = Data(
+        "shapes", shapes=shapes, scale=(64, 64), workers=0, cache_dir=str(tmp_path / "cache")
+    )
+    train = Train(batch_size=8, lr=0.02, epochs=1, milestones=(), warmup_steps=2)
+    tables.train_row(Experiment(data=data, train=train), tmp_path / "run")
+    analysis.consistency((tmp_path / "run",), ("linear",), count=20, out=tmp_path / "c.png")
+    numbers = json.loads((tmp_path / "c.json").read_text())["linear"]
+    assert set(numbers) == {
+        f"{split}, {what}"
+        for split in ("val", "train")
+        for what in ("all", "on an object", "share on an object")
+    }
+    assert -1 <= numbers["val, all"] <= 1
+    assert 0 <= numbers["val, share on an object"] < 0.5
+    assert len(np.unique(cv2.imread(str(tmp_path / "c.png")).reshape(-1, 3), axis=0)) > 20
+
+    # So small a network finds nothing; let it have found each object as it is.
+    with pytest.raises(ValueError, match="no object"):
+        analysis.ambiguity(tmp_path / "run", out=tmp_path / "a.png")
+    run = loop.open_run(tmp_path / "run")
+    truth = analysis.truth_of(run.split)
+    rng = np.random.default_rng(0)
+
+    def found(*_):
+        for image_id, objects in truth.items():
+            n = len(objects.boxes)
+            raw = rng.normal(size=(n, 4 * 17)).astype(np.float32)
+            yield (
+                image_id,
+                Predictions(objects.boxes, np.ones(n), objects.labels, raw, np.full((n, 4), 8.0)),
+            )
+
+    monkeypatch.setattr(analysis, "predictions", found)
+    analysis.ambiguity(tmp_path / "run", out=tmp_path / "a.png")
+    numbers = json.loads((tmp_path / "a.json").read_text())
+    assert numbers["sides"] == 4 * sum(len(objects.boxes) for objects in truth.values())
+    assert 0 < numbers["blurred sides"] < numbers["sides"]
+    for name in ("a.png", "a-examples.png"):
+        picture = cv2.imread(str(tmp_path / name))
+        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
