@@ -1,7 +1,7 @@
 """The paper's tables: trains every row, evaluates, and writes it beside the paper's numbers.
 
     python -m gfl_jax.tables 1a --data COCO --seeds 3
-    python -m gfl_jax.tables 1a --rows 'atss_*' --data shapes --budget small
+    python -m gfl_jax.tables 1a --rows 'atss_*' --budget small
 
 The rows are those of configs/table_1a.py and so on. A row that stands in several tables is trained
 once; what is finished is not done again, and what was interrupted continues. Writes TABLE.md, a
@@ -271,7 +271,7 @@ def plot(file: Path, title: str, rows: list[Row], results: list[list[dict[str, f
 
 def main(
     tables: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TABLE...")],
-    data: str = "shapes",
+    data: str = "",
     seeds: int = 1,
     budget: Literal["full", "small"] = "full",
     rows: str = "*",
@@ -282,14 +282,20 @@ def main(
 
     Args:
         tables: 1a, 1b, 1c, 2a, 2b, 2c or 3; several are done seed by seed.
-        data: 'shapes'; a folder in COCO 2017's layout; or a config file whose data it is, with the
-            folder of its root behind a colon: configs/gfl_r18_fpn_bccd.py:BCCD.
+        data: a folder in COCO 2017's layout; 'shapes' (what the small budget takes if nothing is
+            named); or a config file whose data it is, with the folder of its root behind a colon:
+            configs/gfl_r18_fpn_bccd.py:BCCD.
         seeds: runs of every row, seeds 0, 1, ...
         budget: 'full' as the config says; 'small' about four minutes a row on two cores.
         rows: which rows, a pattern such as 'atss_*'.
         out: folder of all runs and tables.
         configs: folder of table_1a.py and so on.
     """
+    if not tables:
+        raise ValueError(f"name at least one table: {', '.join(TABLES)}")
+    if not data and budget == "full":
+        raise ValueError("the full budget needs --data FOLDER, COCO 2017; or choose --budget small")
+    data = data or "shapes"
     chosen: dict[str, dict[str, tuple[Row, str]]] = {}
     for table in tables:
         found = jobs_of(table, configs)

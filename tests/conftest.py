@@ -32,7 +32,7 @@ from hypothesis import settings
 
 from gfl_jax.data.batch import Batch
 from gfl_jax.models.heads import Outputs
-from gfl_jax.models.network import Variables
+from gfl_jax.models.network import Backbone, Model, Variables
 
 settings.register_profile("gfl_jax", deadline=None)
 settings.load_profile("gfl_jax")
@@ -75,6 +75,7 @@ class LinearNetwork:
     """Predicts from the mean colour of each cell; has all that a Network has, compiles at once."""
 
     def __init__(self, model, predicts):
+        self.model = Model(backbone=Backbone(norm="bn", frozen_stages=-1))
         self._outputs = {"cls": predicts.cls, "box": predicts.box}
 
     def init(self, seed):
@@ -84,9 +85,6 @@ class LinearNetwork:
             params[f"{name}.kernel"] = jnp.asarray(rng.normal(0, 0.3, (3, features)), jnp.float32)
             params[f"{name}.bias"] = jnp.asarray(rng.normal(-1, 0.3, features), jnp.float32)
         return Variables(params, {"gain": jnp.full(3, 1.5)}, {"mean": jnp.zeros(3)})
-
-    def load_pretrained(self, variables):
-        return variables
 
     def apply(self, variables, images, sizes, *, train):
         arrays = variables.params

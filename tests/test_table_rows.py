@@ -21,6 +21,15 @@ from gfl_jax.training.step import (
 
 ROWS = {name: row for table in TABLES for row, name in jobs_of(table).values()}
 
+# One of each kind; all rows step with --slow.
+QUICK = {
+    "1a_atss_joint",
+    "1a_fcos_iou_branch",
+    "1b_retinanet_joint",
+    "1b_ssd512",
+    "2a_atss_gaussian",
+}
+
 
 def smallest(experiment):
     """A row's choices with the narrowest network, its ResNet frozen: it compiles sooner."""
@@ -59,7 +68,10 @@ def test_a_row_of_full_size_has_a_loss_and_detections(name, make_batch):
     assert detections.boxes.shape == (2, experiment.detector.inference.max_per_image, 4)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ROWS],
+)
 def test_a_row_takes_two_steps_and_predicts(name, make_batch):
     experiment = smallest(ROWS[name].experiment)
     network = Network(experiment.model, experiment.detector.predicts(3))

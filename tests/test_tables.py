@@ -135,6 +135,10 @@ def test_results_of_another_experiment_are_not_taken(run, folder):
 def test_what_cannot_be_run_is_named(run, tmp_path):
     with pytest.raises(ValueError, match="has no row 'fcos_\\*'; it has two, again, zero"):
         run(rows="fcos_*")
+    with pytest.raises(ValueError, match="at least one table: 1a, 1b"):
+        tables.main(())
+    with pytest.raises(ValueError, match="full budget needs --data"):
+        tables.main(("1a",))
     with pytest.raises(ValueError, match="no table '4'; there are 1a, 1b"):
         jobs_of("4")
     with pytest.raises(FileNotFoundError, match="nowhere"):

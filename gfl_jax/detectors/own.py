@@ -38,8 +38,11 @@ def own_function(name: str, field: str) -> Callable:
             raise ValueError(f"{field} names {name!r}: {error}") from error
     found = getattr(module, function, None)
     if not callable(found):
-        members = vars(module).items()
-        functions = [k for k, v in members if getattr(v, "__module__", "") == module.__name__]
+        functions = [
+            key
+            for key, value in vars(module).items()
+            if getattr(value, "__module__", "") == module.__name__ and not key.startswith("_")
+        ]
         raise ValueError(
             f"{field} names {name!r}: {place} has no function {function}; it has "
             f"{', '.join(functions) or 'none'}"

@@ -27,6 +27,7 @@ from gfl_jax.detectors.box import GeneralDistribution
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.host import plain_errors
 from gfl_jax.interop.names import load_state_dict, to_torch, torch_name
+from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.interop.torch_files import read_torch_file
 from gfl_jax.models.network import Backbone, Model, Network, Variables
 from gfl_jax.models.resnet import BLOCKS
@@ -251,7 +252,7 @@ def import_checkpoint(
             backbone = dataclasses.replace(model.backbone, pretrained=str(source))
             model = dataclasses.replace(model, backbone=backbone)
         network = Network(model, experiment.detector.predicts(count))
-        variables = network.load_pretrained(network.init(experiment.train.seed))
+        variables = load_pretrained(network, network.init(experiment.train.seed))
     state = init_state(variables, sgd(experiment.train, lambda step: 0.0), experiment.train)
     checkpoints = Checkpoints(folder / "checkpoints")
     checkpoints.save(0, jax.tree.map(np.asarray, state), experiment, about)

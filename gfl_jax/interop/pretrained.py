@@ -1,12 +1,14 @@
 """Finds pretrained backbones and loads them."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gfl_jax.interop.names import load_state_dict
 from gfl_jax.interop.torch_files import read_torch_file
+from gfl_jax.models.network import Network, Variables
 
 _SUFFIXES = (".pth", ".pt", ".safetensors")
 
@@ -69,3 +71,27 @@ def load_backbone(backbone_state: Mapping[tuple, Any], source: str) -> dict[tupl
     loaded, report = load_state_dict(backbone_state, arrays, ignore=(r"fc\.", r"classifier\."))
     report.raise_if_any(source)
     return loaded
+
+
+def load_pretrained(network: Network, variables: Variables) -> Variables:
+    """The same variables with the pretrained backbone of the network's model, if it names one.
+
+    Raises:
+        FileNotFoundError: it is neither here nor to be fetched; the message says what to do.
+        ValueError: its arrays are not those of this backbone; every difference is named.
+    """
+    source = network.model.pretrained
+    if not source:
+        backbone = getattr(network.model, "backbone", None)
+        if backbone and (backbone.norm == "frozen_bn" or backbone.frozen_stages >= 0):
+            warnings.warn(
+                f"the backbone is random, but norm {backbone.norm!r} and frozen_stages "
+                f"{backbone.frozen_stages} are for a pretrained one: name it as "
+                "model.backbone.pretrained, or set norm to 'bn' or 'gn', frozen_stages to -1",
+                stacklevel=2,
+            )
+        return variables
+    paths = network.by_path(variables).items()
+    arrays = {path[1:]: array for path, array in paths if path[0] == "backbone"}
+    loaded = load_backbone(arrays, source)
+    return network.replaced(variables, {("backbone", *path): loaded[path] for path in arrays})

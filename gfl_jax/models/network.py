@@ -9,7 +9,6 @@ optimiser trains, `frozen`, pretrained stages that receive neither gradient nor 
 import dataclasses
 import functools
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from gfl_jax.interop.pretrained import load_backbone
 from gfl_jax.models.fpn import FPN, Neck
 from gfl_jax.models.heads import DenseHead, Head, Outputs, Predicts
 from gfl_jax.models.layers import Norm
@@ -144,29 +142,6 @@ class Network:
         params = _flat(nnx.state(network, nnx.Param))
         frozen = {name: params.pop(name) for name in list(params) if self.model.is_frozen(name)}
         return Variables(params, frozen, _flat(nnx.state(network, nnx.BatchStat)))
-
-    def load_pretrained(self, variables: Variables) -> Variables:
-        """The same with the pretrained backbone of the model, if one is named.
-
-        Raises:
-            FileNotFoundError: it is neither here nor to be fetched; the message says what to do.
-            ValueError: its arrays are not those of this backbone; every difference is named.
-        """
-        source = self.model.pretrained
-        if not source:
-            backbone = getattr(self.model, "backbone", None)
-            if backbone and (backbone.norm == "frozen_bn" or backbone.frozen_stages >= 0):
-                warnings.warn(
-                    f"the backbone is random, but norm {backbone.norm!r} and frozen_stages "
-                    f"{backbone.frozen_stages} are for a pretrained one: name it as "
-                    "model.backbone.pretrained, or set norm to 'bn' or 'gn', frozen_stages to -1",
-                    stacklevel=2,
-                )
-            return variables
-        paths = self.by_path(variables).items()
-        arrays = {path[1:]: array for path, array in paths if path[0] == "backbone"}
-        loaded = load_backbone(arrays, source)
-        return self.replaced(variables, {("backbone", *path): loaded[path] for path in arrays})
 
     def by_path(self, variables: Variables) -> dict[tuple, jax.Array]:
         """The arrays by their paths in the Flax module, such as ('backbone', 'conv1', 'kernel')."""

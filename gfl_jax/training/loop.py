@@ -12,15 +12,17 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from gfl_jax.config import Experiment, Train, differences, to_dict
+from gfl_jax.config import Experiment, differences, to_dict
 from gfl_jax.data.coco import PreparedSplit
 from gfl_jax.data.loader import HostBatch, batches, eval_plan, open_split, train_plan
 from gfl_jax.evaluation import Evaluation, evaluate, ground_truth, predict_all
+from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.network import Network, Variables
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.metrics import MetricsLog
 from gfl_jax.training.parallel import AXIS, Pmap, ShardMap
 from gfl_jax.training.step import (
+    Train,
     TrainState,
     init_state,
     learning_rate,
@@ -163,7 +165,7 @@ def fit(
 
     newest, best = Checkpoints(workdir / "checkpoints", keep=2), Checkpoints(workdir / "best")
     if newest.step is None:
-        variables = network.load_pretrained(network.init(train.seed))
+        variables = load_pretrained(network, network.init(train.seed))
         start, state = 0, init_state(variables, optimizer, train)
     else:
         start, state = newest.step, newest.restore(abstract_state(network, train), experiment)

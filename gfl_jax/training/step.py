@@ -1,7 +1,8 @@
 """The optimiser and the one train step, written for one device and mapped over all of them."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from gfl_jax.config import Train
 from gfl_jax.data.batch import Batch
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.postprocess import Detections
@@ -17,6 +17,52 @@ from gfl_jax.models.network import Arrays, Network, Variables
 
 Scalars = dict[str, Float[Array, ""]]
 PerImage = dict[str, Float[Array, " b"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """The schedule. SGD in PyTorch's form: v = momentum v + g + weight_decay p; p -= lr v.
+
+    batch_size: images a step over all devices.
+    lr: for a batch of 16; scaled by batch_size / 16.
+    epochs, milestones: length, and epochs after which the rate is multiplied by 0.1.
+    warmup_steps, warmup_factor: the rate begins as warmup_factor * lr and, in this many steps,
+        rises to lr; linearly, or (warmup 'constant') all at once at their end.
+    bias_lr, bias_decay: factors of the rate of convolutions' biases and of the decay of all biases.
+    clip_norm: largest norm of the whole gradient; 0 for no clipping.
+    ema_decay: of an average of the parameters that is evaluated instead; 0 for none.
+    mapping: how the step is laid over devices.
+    eval_every: epochs between evaluations, 0 for the last only.
+    checkpoint_every: steps between checkpoints, 0 for every epoch.
+    log_every: steps between entries of the metrics files.
+    seed: of initial weights, batches and augmentation.
+    """
+
+    batch_size: int = 16
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    epochs: int = 12
+    milestones: tuple[int, ...] = (8, 11)
+    warmup_steps: int = 500
+    warmup_factor: float = 0.001
+    warmup: Literal["linear", "constant"] = "linear"
+    bias_lr: float = 1.0
+    bias_decay: float = 1.0
+    clip_norm: float = 0.0
+    ema_decay: float = 0.0
+    mapping: Literal["pmap", "shard_map"] = "pmap"
+    eval_every: int = 1
+    checkpoint_every: int = 0
+    log_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in ("batch_size", "epochs", "lr", "log_every"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"train.{field} is {getattr(self, field)}; it must be positive")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"train.ema_decay is {self.ema_decay}; it must be in [0, 1)")
 
 
 class TrainState(NamedTuple):

@@ -12,6 +12,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from gfl_jax.detectors.dense import Detector
+from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import DenseHead, Head, Predicts
 from gfl_jax.models.network import Backbone, Model, Network, Variables
@@ -357,7 +358,7 @@ def test_pretrained_arrays_take_their_places(tmp_path):
     theirs, ours = random_variables(network, seed=1), random_variables(network, seed=2)
     arrays = torch_file(path, theirs)
     assert arrays["conv1.weight"].shape == (8, 3, 7, 7)
-    loaded = network.load_pretrained(ours)
+    loaded = load_pretrained(network, ours)
     for part, expected, before in zip(loaded, theirs, ours, strict=True):
         assert part.keys() == before.keys()
         for name, array in part.items():
@@ -373,7 +374,7 @@ def test_without_a_pretrained_file_nothing_changes(norm, stages):
     variables = abstract(network)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert network.load_pretrained(variables) == variables
+        assert load_pretrained(network, variables) == variables
     assert ["backbone is random" in str(warning.message) for warning in caught] == [True] * (
         norm == "frozen_bn" or stages >= 0
     )
@@ -388,7 +389,7 @@ def test_a_file_of_another_network_names_the_keys(tmp_path):
     arrays["layer2.0.downsample.0.weight"] = np.zeros((5, 8, 1, 1), np.float32)
     save_file(arrays, path)
     with pytest.raises(ValueError) as error:
-        network.load_pretrained(abstract(network))
+        load_pretrained(network, abstract(network))
     for part in (
         "other.safetensors",
         "layer4.1.bn2.running_var",
@@ -401,4 +402,4 @@ def test_a_file_of_another_network_names_the_keys(tmp_path):
 def test_a_file_that_is_not_there_is_an_error(tmp_path):
     network = tiny(pretrained=str(tmp_path / "none.safetensors"))
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
-        network.load_pretrained(abstract(network))
+        load_pretrained(network, abstract(network))

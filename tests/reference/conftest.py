@@ -24,8 +24,8 @@ def pytest_generate_tests(metafunc):
         if fixture in metafunc.fixturenames:
             found = [file for file in files if entry in read_meta(file)]
             ids = [file.stem for file in found]
-            # Optimiser steps of whole networks take minutes; one detector's do by default.
-            slow = metafunc.function.__name__ == "test_trajectory"
+            # Backward passes of whole networks take a minute; one detector's do by default.
+            slow = metafunc.function.__name__ in ("test_gradients", "test_trajectory")
             found = [
                 pytest.param(file, marks=pytest.mark.slow)
                 if slow and read_meta(file)["model"]["type"] != "GFL"
