@@ -30,13 +30,12 @@ class Row:
     """A row of one of the paper's tables.
 
     title: as the paper calls it.  paper: AP, AP50, AP75, APS, APM, APL on COCO in percent, as far
-    as the paper gives them.  note: what the paper leaves open and what was chosen.
+    as the paper gives them.
     """
 
     title: str
     experiment: Experiment
     paper: tuple[float, ...] = ()
-    note: str = ""
 
 
 def load_experiment(path: str | Path) -> Experiment:

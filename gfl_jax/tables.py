@@ -49,7 +49,7 @@ SMALL_STEPS, SMALL_BATCH, SMALL_PIXELS = 1500, 8, 128 * 128
 
 
 def small(experiment: Experiment, num_images: int) -> Experiment:
-    """The same choices as a laptop trains them in about four minutes.
+    """The same choices as a laptop trains them in a few minutes.
 
     A ResNet-18 of half width (SSD: VGG of a quarter) from random weights, pyramid and head 64 wide
     with two convolutions a tower, and as many steps of eight images as take the time of 1500 at
@@ -172,8 +172,8 @@ def train_row(experiment: Experiment, workdir: Path) -> dict[str, float]:
     """Trains and evaluates an experiment in `workdir`, from where it was left off.
 
     Returns:
-        pycocotools' numbers of the last evaluation and images/s. They are kept in result.json: a
-        finished experiment is not run again.
+        pycocotools' numbers of the last evaluation, and the minutes since this start. They are kept
+        in result.json: a finished experiment is not run again.
 
     Raises:
         ValueError: the folder holds another experiment.
@@ -286,7 +286,7 @@ def main(
             named); or a config file whose data it is, with the folder of its root behind a colon:
             configs/gfl_r18_fpn_bccd.py:BCCD.
         seeds: runs of every row, seeds 0, 1, ...
-        budget: 'full' as the config says; 'small' about four minutes a row on two cores.
+        budget: 'full' as the config says; 'small' a few minutes a row on two cores.
         rows: which rows, a pattern such as 'atss_*'.
         out: folder of all runs and tables.
         configs: folder of table_1a.py and so on.
