@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+import scipy.stats
 import tyro
 from tqdm import tqdm
 
@@ -133,14 +134,9 @@ def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's: the correlation of the ranks, equal values sharing their mean rank."""
-
-    def ranks(x: np.ndarray) -> np.ndarray:
-        _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - 0.5 * (counts - 1))[inverse]
-
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
-    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+    return float(scipy.stats.spearmanr(a, b).statistic)
 
 
 def scores_and_ious(run: Run, count: int, limit: int = 0) -> tuple[np.ndarray, np.ndarray]:
