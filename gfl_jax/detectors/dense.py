@@ -120,6 +120,7 @@ class Detector:
             cls_bias=self.classification.initial_bias,
         )
 
+    @jax.named_scope("losses")
     def losses(
         self,
         outputs: Outputs,
@@ -224,6 +225,7 @@ class Detector:
         """The priors of the canvas that these outputs are of."""
         return self.priors([(x.shape[1], x.shape[2]) for x in outputs.cls_logits])
 
+    @jax.named_scope("assign")
     def assign(
         self, priors: Priors, batch: Batch
     ) -> tuple[Bool[Array, "b priors"], Int[Array, "b priors"]]:
@@ -232,6 +234,7 @@ class Detector:
         matched = assign_batch(self.assigner, priors, trained, batch.boxes, batch.box_mask)
         return trained & (matched != IGNORED), matched
 
+    @jax.named_scope("detections")
     def detections(
         self, outputs: Outputs, sizes: Int[Array, "b 2"], scales: Float[Array, "b 2"]
     ) -> Detections:

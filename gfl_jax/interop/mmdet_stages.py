@@ -14,7 +14,7 @@ import numpy as np
 MISSING, REFUSED = 3, 4
 
 _SHARED = {
-    "model.backbone.norm": ("frozen_bn", "bn"),
+    "model.backbone.norm": ("frozen_bn", "bn", "sync_bn"),
     "model.head.conv_bias": (False,),
     "detector.counting": ("image",),
     "detector.inference.clip_margin": (0,),

@@ -56,6 +56,7 @@ class FPN(nnx.Module):
         self.lateral_convs = nnx.List([conv(c, 1) for c in used])
         self.fpn_convs = nnx.List([conv(neck.width, 3) for _ in used] + extra)
 
+    @jax.named_scope("neck")
     def __call__(
         self, features: Sequence[Float[Array, "b _ _ _"]]
     ) -> list[Float[Array, "b _ _ c"]]:

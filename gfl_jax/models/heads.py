@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -127,6 +128,7 @@ class DenseHead(nnx.Module):
         levels = len(predicts.per_cell) if head.scales else 0
         self.scales = nnx.List(Scale() for _ in range(levels))
 
+    @jax.named_scope("bbox_head")
     def __call__(self, levels: Sequence[Float[Array, "b _ _ c"]]) -> Outputs:
         def last(branch, x):
             return getattr(self, f"{self.head.names}_{branch}")(x).astype(jnp.float32)

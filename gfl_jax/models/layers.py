@@ -11,9 +11,13 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-Norm = Literal["frozen_bn", "bn", "gn"]
+Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
 """frozen_bn: constant statistics of a pretrained network, trainable affine (norm_eval of mmdet).
-bn: batch statistics with running averages, for training from random weights.  gn: GroupNorm."""
+bn: statistics of a device's images with running averages, for training from random weights.
+sync_bn: of the images of all devices.  gn: GroupNorm."""
+
+BATCH_AXIS = "devices"
+"""Name of the mapped axis along which devices share a batch."""
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -141,10 +145,16 @@ def normalization(
     """The norm layer named by `kind`; statistics in float32, eps 1e-5 as in PyTorch."""
     if kind == "frozen_bn":
         return FrozenBatchNorm(features, dtype=dtype, scale_init=scale_init)
-    if kind == "bn":
+    if kind in ("bn", "sync_bn"):
         # momentum 0.9 here is PyTorch's 0.1: the weight of the old average.
         return nnx.BatchNorm(
-            features, momentum=0.9, epsilon=1e-5, scale_init=scale_init, dtype=dtype, rngs=rngs
+            features,
+            momentum=0.9,
+            epsilon=1e-5,
+            axis_name=BATCH_AXIS if kind == "sync_bn" else None,
+            scale_init=scale_init,
+            dtype=dtype,
+            rngs=rngs,
         )
     if kind == "gn":
         if features % groups:
@@ -159,7 +169,7 @@ def normalization(
             dtype=dtype,
             rngs=rngs,
         )
-    raise ValueError(f"norm {kind!r} is unknown; use 'frozen_bn', 'bn' or 'gn'")
+    raise ValueError(f"norm {kind!r} is unknown; use 'frozen_bn', 'bn', 'sync_bn' or 'gn'")
 
 
 class ConvModule(nnx.Module):

@@ -38,11 +38,13 @@ class Variables(NamedTuple):
 class Backbone:
     """depth: ResNet-18, 34, 50 or 101.  width: channels of its first stage, 64 in the paper.
 
-    norm: frozen_bn for pretrained weights, bn or gn for training from random ones.
+    norm: frozen_bn for pretrained weights; bn, sync_bn or gn for training from random ones.
     frozen_stages: -1 none, 0 the stem, 1 stem and first stage, ... : no gradient, no weight decay.
     pretrained: a .pth or .safetensors file, or a Hugging Face name such as timm/resnet50.tv_in1k.
     caffe: whether bottlenecks stride on their first 1x1, as the weights from Detectron do.
     train_norm: whether scales and biases of norm layers are trained.
+    remat: whether the backward pass computes the inside of each residual block again: less memory,
+        more time.
     """
 
     depth: int = 50
@@ -52,14 +54,16 @@ class Backbone:
     pretrained: str = ""
     caffe: bool = False
     train_norm: bool = True
+    remat: bool = False
 
     def __post_init__(self):
         if not -1 <= self.frozen_stages <= 4:
             raise ValueError(f"backbone.frozen_stages is {self.frozen_stages}; it must be -1 to 4")
-        if self.norm == "bn" and self.frozen_stages >= 0:
+        if self.norm in ("bn", "sync_bn") and self.frozen_stages >= 0:
             raise ValueError(
-                "backbone.norm 'bn' trains the statistics of every stage; backbone.frozen_stages "
-                f"is {self.frozen_stages}: set it to -1, or norm to 'frozen_bn'"
+                f"backbone.norm {self.norm!r} trains the statistics of every stage; "
+                f"backbone.frozen_stages is {self.frozen_stages}: set it to -1, or norm to "
+                "'frozen_bn'"
             )
 
 
@@ -105,6 +109,7 @@ class DenseNetwork(nnx.Module):
             width=resnet.width,
             norm=resnet.norm,
             caffe=resnet.caffe,
+            remat=resnet.remat,
             dtype=dtype,
             rngs=rngs,
         )
@@ -181,6 +186,7 @@ class Network:
         state = nnx.from_flat_state(list(self.by_path(variables).items()))
         return nnx.merge(self._train_graph if train else self._eval_graph, state)
 
+    @jax.named_scope("normalize")
     def normalize(self, images: Array, sizes: Int[Array, "b 2"]) -> Float[Array, "b h w 3"]:
         """(x - mean) / std in float32, then zero in the padding, as the reference pads after it."""
         x = images[..., ::-1] if self.model.channel_order == "bgr" else images

@@ -77,6 +77,7 @@ class ResNet(nnx.Module):
         width: int = 64,
         norm: Norm = "frozen_bn",
         caffe: bool = False,
+        remat: bool = False,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -88,6 +89,8 @@ class ResNet(nnx.Module):
             norm: see `gfl_jax.models.layers.Norm`.
             caffe: whether bottlenecks stride on their first 1x1, as the weights from Detectron do,
                 instead of on the 3x3, as torchvision's.
+            remat: whether the backward pass computes the inside of each block again instead of
+                keeping it.
             dtype: of the computation; parameters are float32.
             rngs: source of the initial weights.
 
@@ -100,6 +103,7 @@ class ResNet(nnx.Module):
             3, width, 7, stride=2, bias=False, kernel_init=_kaiming, dtype=dtype, rngs=rngs
         )
         self.bn1 = normalization(norm, width, dtype=dtype, rngs=rngs)
+        self.remat = remat
         c_in = width
         for stage, (blocks, c_out) in enumerate(
             zip(BLOCKS[depth], out_features(depth, width), strict=True)
@@ -123,13 +127,15 @@ class ResNet(nnx.Module):
                 c_in = c_out
             setattr(self, f"layer{stage + 1}", nnx.List(layer))
 
+    @jax.named_scope("backbone")
     def __call__(self, x: Float[Array, "b h w 3"]) -> list[Float[Array, "b _ _ _"]]:
         """Features C2..C5 of normalised images."""
         x = jax.nn.relu(self.bn1(self.conv1(x)))
         x = max_pool(x)
+        apply = nnx.remat(_Block.__call__) if self.remat else _Block.__call__
         features = []
         for stage in range(4):
             for block in getattr(self, f"layer{stage + 1}"):
-                x = block(x)
+                x = apply(block, x)
             features.append(x)
         return features

@@ -77,6 +77,7 @@ class VGG(nnx.Module):
         )
         self.features = nnx.Dict(convs)
 
+    @jax.named_scope("backbone")
     def __call__(self, x: Float[Array, "b h w 3"]) -> list[Float[Array, "b _ _ _"]]:
         convs = (self.features[name] for name in sorted(self.features, key=int))
         taken = []
@@ -140,6 +141,7 @@ class SSDNeck(nnx.Module):
             c_in = c_out
         self.extra_layers = nnx.List(layers)
 
+    @jax.named_scope("neck")
     def __call__(
         self, features: Sequence[Float[Array, "b _ _ _"]]
     ) -> list[Float[Array, "b _ _ _"]]:
@@ -187,6 +189,7 @@ class SSDHead(nnx.Module):
         self.cls_convs = convs(predicts.cls, predicts.cls_bias)
         self.reg_convs = convs(predicts.box, 0.0)
 
+    @jax.named_scope("bbox_head")
     def __call__(self, levels: Sequence[Float[Array, "b _ _ _"]]) -> Outputs:
         def all_levels(convs):
             pairs = zip(convs, levels, strict=True)

@@ -329,6 +329,33 @@ def test_batch_norm_statistics_move_in_training():
         np.testing.assert_allclose(stats[f"backbone.bn1.{name}"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_rematerialised_blocks_keep_less_and_change_nothing():
+    plain, remat = (tiny("bn", frozen_stages=-1, remat=remat) for remat in (False, True))
+    variables = jax.tree.map(jnp.asarray, random_variables(plain))
+
+    def objective(network, params):
+        outputs, stats = network.apply(
+            variables._replace(params=params), images(), SIZES, train=True
+        )
+        return sum(jnp.sin(x).sum() for x in jax.tree.leaves(outputs)), stats
+
+    kept, found = [], []
+    for network in (plain, remat):
+        f = functools.partial(objective, network)
+        backward = jax.eval_shape(
+            lambda params, f=f: jax.vjp(f, params, has_aux=True)[1], variables.params
+        )
+        kept.append(sum(math.prod(x.shape) for x in jax.tree.leaves(backward)))
+        run = jax.jit(jax.grad(f, has_aux=True), compiler_options=QUICKLY)
+        found.append(jax.device_get(run(variables.params)))
+    assert kept[1] < 0.8 * kept[0]  # both keep parameters, neck and head
+    (expected, stats), (gradient, own_stats) = found
+    for name, value in expected.items():
+        np.testing.assert_allclose(gradient[name], value, rtol=0, atol=1e-4 * np.abs(value).max())
+    for name, value in stats.items():
+        np.testing.assert_allclose(own_stats[name], value, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("norm", "train"), [("bn", False), ("frozen_bn", True)])
 def test_statistics_stay_in_evaluation_and_when_frozen(norm, train):
     network = tiny(norm, frozen_stages=-1)
