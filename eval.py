@@ -19,6 +19,7 @@ from gfl_jax.data.loader import open_split
 from gfl_jax.models.network import Network
 from gfl_jax.report import contact_sheet
 from gfl_jax.training.checkpoint import Checkpoints
+from gfl_jax.training.hosts import is_first, join
 from gfl_jax.training.loop import Evaluator, abstract_state
 from gfl_jax.training.parallel import parallel
 
@@ -28,12 +29,12 @@ def main(arguments: list[str]) -> None:
     # ------------------------------------------------------------------ checkpoint and experiment
     if not arguments or arguments[0].startswith("-"):
         raise FileNotFoundError(f"the first argument is the folder of a checkpoint\n\n{__doc__}")
+    join(arguments)
     folder = Path(arguments[0])
     checkpoints = Checkpoints.find(folder)
     experiment, about = checkpoints.about()
     experiment, command = parse_fields(EvalCommand, experiment, arguments[1:], __doc__)
     out = Path(command.out or folder / "eval")
-    out.mkdir(parents=True, exist_ok=True)
 
     # ------------------------------------------------------------------ data
     split = open_split(experiment.data, "val")
@@ -44,18 +45,19 @@ def main(arguments: list[str]) -> None:
 
     # ------------------------------------------------------------------ model
     network = Network(experiment.model, experiment.detector.predicts(len(split.category_ids)))
-    devices = parallel(experiment.train.mapping, experiment.train.batch_size)
+    devices = parallel(experiment.train.mapping)
     state = checkpoints.restore(abstract_state(network, experiment.train), experiment)
     variables = devices.replicate(state.evaluated())
 
     # ------------------------------------------------------------------ evaluation and speed
-    evaluator = Evaluator(
-        experiment, network, devices, split, experiment.train.batch_size, command.limit
-    )
+    evaluator = Evaluator(experiment, network, devices, split, command.limit)
     evaluation, results = evaluator(variables)
     with_post, without_post = evaluator.images_per_second(variables)
 
     # ------------------------------------------------------------------ numbers and picture
+    if not is_first():
+        return
+    out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results))
     (out / "metrics.json").write_text(json.dumps({"step": checkpoints.step, **evaluation.metrics}))
     contact_sheet(out / "detections.png", split, results)
@@ -64,7 +66,7 @@ def main(arguments: list[str]) -> None:
         f"{len(evaluator.plan.indices)} images\n"
         f"{evaluation}\n\n{evaluation.class_table()}\n\n"
         f"{with_post:.2f} images/s, {without_post:.2f} without post-processing (batches of "
-        f"{experiment.train.batch_size} on {devices.count} x {devices.kind}, loading not counted)\n"
+        f"{evaluator.plan.batch_size} on {devices.count} x {devices.kind}, loading not counted)\n"
         f"picture {out / 'detections.png'}, results {out / 'results.json'}"
     )
 

@@ -17,6 +17,7 @@ from gfl_jax.config import TrainCommand, load_experiment, parse_fields
 from gfl_jax.data.loader import open_split
 from gfl_jax.models.network import Network
 from gfl_jax.report import finish
+from gfl_jax.training.hosts import is_first, join
 from gfl_jax.training.loop import fit
 from gfl_jax.training.parallel import parallel
 
@@ -28,6 +29,7 @@ def main(arguments: list[str]) -> None:
     started = time.perf_counter()
 
     # ------------------------------------------------------------------ experiment
+    join(arguments)
     named = bool(arguments) and not arguments[0].startswith("-")
     config = Path(arguments[0]) if named else DEFAULT
     experiment, command = parse_fields(
@@ -43,13 +45,14 @@ def main(arguments: list[str]) -> None:
     # ------------------------------------------------------------------ model
     predicts = experiment.detector.predicts(len(train_split.category_ids))
     network = Network(experiment.model, predicts)
-    devices = parallel(experiment.train.mapping, experiment.train.batch_size)
+    devices = parallel(experiment.train.mapping)
 
     # ------------------------------------------------------------------ steps and evaluations
     fit(experiment, network, train_split, val_split, devices, workdir)
 
     # ------------------------------------------------------------------ pictures
-    finish(workdir, val_split, time.perf_counter() - started)
+    if is_first():
+        finish(workdir, val_split, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from gfl_jax.data.loader import Data
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.models.network import Model
 from gfl_jax.models.ssd import SSDModel
+from gfl_jax.training.hosts import Hosts
 from gfl_jax.training.step import Train
 
 
@@ -141,9 +142,11 @@ class TrainCommand(Experiment):
     """What train.py takes.
 
     workdir: where everything of the run is kept; empty: runs/<name of the config>.
+    hosts: the processes that train together.
     """
 
     workdir: str = ""
+    hosts: Hosts = Hosts()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,10 +155,12 @@ class EvalCommand(Experiment):
 
     limit: evaluate the first images only; 0 for all.
     out: where results and pictures go; empty: the folder `eval` beside the checkpoints.
+    hosts: the processes that evaluate together.
     """
 
     limit: int = 0
     out: str = ""
+    hosts: Hosts = Hosts()
 
 
 Command = TypeVar("Command", bound=Experiment)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from gfl_jax.data.coco import PreparedSplit
 from gfl_jax.data.loader import HostBatch
-from gfl_jax.training.parallel import Pmap, ShardMap
+from gfl_jax.training.parallel import Pmap, ShardMap, ahead
 
 METRICS = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
 """pycocotools' twelve numbers, in its order. -1 where there is nothing to measure."""
@@ -52,25 +52,36 @@ def predict_all(
     split: PreparedSplit,
     *,
     total: int,
+    before_each: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Detections of all images, as COCO results.
 
     Args:
         predict: mapped over the devices: (variables, batch) to Detections.
         variables: replicated over the devices.
-        batches: every image once among the slots that are real.
+        batches: every image once among the slots that are real; of each this host's part.
         devices: the mapping.
         split: gives category ids.
         total: number of batches, for the progress bar.
+        before_each: called before each batch.
 
     Returns:
         One entry a detection: image_id, category_id, bbox (x, y, width, height in pixels of the
-        original image) and score.
+        original image) and score. The same on every host.
     """
     results = []
-    for host in tqdm(batches, total=total, desc="evaluating", unit=" batches", leave=False):
-        found = devices.fetch_sharded(predict(variables, devices.shard(host.batch)))
-        for slot in np.flatnonzero(host.batch.image_mask):
+    progress = tqdm(
+        ahead(devices, batches, lambda host: host.batch),
+        total=total,
+        desc="evaluating",
+        unit=" batches",
+        leave=False,
+        disable=devices.share[0] > 0,
+    )
+    for host, batch in progress:
+        before_each()
+        found = devices.fetch_sharded(predict(variables, batch))
+        for slot in np.flatnonzero(host.image_mask):
             for i in np.flatnonzero(found.mask[slot]):
                 x1, y1, x2, y2 = found.boxes[slot, i].tolist()
                 results.append(

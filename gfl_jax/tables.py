@@ -25,7 +25,16 @@ import matplotlib
 import numpy as np
 import tyro
 
-from gfl_jax.config import Data, Experiment, Row, Train, load_experiment, load_rows, to_dict
+from gfl_jax.config import (
+    Data,
+    Experiment,
+    Row,
+    Train,
+    from_dict,
+    load_experiment,
+    load_rows,
+    to_dict,
+)
 from gfl_jax.data.loader import open_split
 from gfl_jax.models.network import Backbone, Model, Network
 from gfl_jax.models.ssd import SSDModel
@@ -182,14 +191,14 @@ def train_row(experiment: Experiment, workdir: Path) -> dict[str, float]:
     as_json = to_dict(experiment)
     if file.is_file():
         kept = json.loads(file.read_text())
-        if kept["experiment"] != as_json:
+        if from_dict(Experiment, kept["experiment"]) != experiment:
             raise ValueError(f"{workdir} holds another experiment; name another --out")
         return kept["metrics"]
     train_split = open_split(experiment.data, "train")
     val_split = open_split(experiment.data, "val")
     predicts = experiment.detector.predicts(len(train_split.category_ids))
     network = Network(experiment.model, predicts)
-    devices = parallel(experiment.train.mapping, experiment.train.batch_size)
+    devices = parallel(experiment.train.mapping)
     started = time.perf_counter()
     fit(experiment, network, train_split, val_split, devices, workdir)
     last = [entry for entry in read_metrics(workdir) if entry["kind"] == "val"][-1]
@@ -205,9 +214,8 @@ def speeds(workdirs: list[Path], rounds: int = 5) -> list[float]:
     runs = []
     for workdir in workdirs:
         experiment, network, variables, split = open_run(workdir)
-        batch_size = experiment.train.batch_size
-        devices = parallel(experiment.train.mapping, batch_size)
-        evaluator = Evaluator(experiment, network, devices, split, batch_size)
+        devices = parallel(experiment.train.mapping)
+        evaluator = Evaluator(experiment, network, devices, split)
         runs.append((evaluator, devices.replicate(variables)))
     found = [
         [evaluator.images_per_second(variables, repeats=3)[0] for evaluator, variables in runs]

@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py and eval.py
 
 import jax
 import jax.numpy as jnp
+import made
 import numpy as np
 import pytest
 from hypothesis import settings
 
-from gfl_jax.data.batch import Batch
 from gfl_jax.models.heads import Outputs
 from gfl_jax.models.network import Backbone, Model, Variables
 
@@ -110,25 +110,7 @@ def linear_network():
     return LinearNetwork
 
 
-def _make_batch(objects, canvas=(64, 64), *, classes=3, slots=8, seed=0):
-    rng = np.random.default_rng(seed)
-    size, (height, width) = len(objects), canvas
-    low = rng.uniform(0, np.array([width, height]) - 20, (size, slots, 2))
-    side = rng.uniform(12, 40, (size, slots, 2))
-    boxes = np.concatenate([low, np.minimum(low + side, [width, height])], -1)
-    exists = np.arange(slots) < np.array(objects)[:, None]
-    return Batch(
-        images=rng.integers(0, 256, (size, height, width, 3), np.uint8),
-        sizes=np.tile(np.array([height, width], np.int32), (size, 1)),
-        scales=np.ones((size, 2), np.float32),
-        boxes=np.where(exists[..., None], boxes, 0).astype(np.float32),
-        labels=np.where(exists, rng.integers(0, classes, exists.shape), 0).astype(np.int32),
-        box_mask=exists,
-        image_mask=np.ones(size, bool),
-    )
-
-
 @pytest.fixture(scope="session")
 def make_batch():
     """make_batch(objects, canvas): noise images with as many random boxes as `objects` says."""
-    return _make_batch
+    return made.make_batch

@@ -17,6 +17,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from made import CONFIG
 
 import eval as evaluation_program
 import train
@@ -31,46 +32,6 @@ from gfl_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 6
-# An epoch is three batches, the last one partly filled; 27 steps in all.
-CONFIG = '''
-"""Tiny."""
-
-from gfl_jax.config import Data, Experiment, Train
-from gfl_jax.data.shapes import Shapes
-from gfl_jax.detectors.dense import Detector
-from gfl_jax.detectors.postprocess import Inference
-from gfl_jax.models.fpn import Neck
-from gfl_jax.models.heads import Head
-from gfl_jax.models.network import Backbone, Model
-
-experiment = Experiment(
-    model=Model(
-        backbone=Backbone(depth=18, width=8, norm="bn", frozen_stages=-1),
-        neck=Neck(32),
-        head=Head(width=32, stacked_convs=1),
-    ),
-    # So short a training finds little: every score counts.
-    detector=Detector(inference=Inference(score_threshold=0.0, nms_pre=60)),
-    data=Data(
-        source="shapes",
-        shapes=Shapes(num_train=22, num_val=10, image_size=(64, 64)),
-        scale=(64, 64),
-        workers=0,
-    ),
-    train=Train(
-        batch_size=8,
-        lr=0.02,
-        epochs=9,
-        milestones=(7,),
-        warmup_steps=5,
-        clip_norm=35.0,
-        ema_decay=0.5,
-        eval_every=4,
-        checkpoint_every=2,
-        log_every=1,
-    ),
-)
-'''
 
 
 class Workspace:
@@ -216,6 +177,12 @@ def test_without_a_name_the_work_directory_is_named_after_config_and_row(
     monkeypatch.setattr(train, "finish", lambda workdir, *_: used.append(workdir))
     train.main([str(file.parent / given) for given in config])
     assert used == [Path("runs") / name] * 2
+
+
+@pytest.mark.parametrize("fields", [["--train.batch-size=4"], ["--train.accumulate=3"]])
+def test_a_batch_that_devices_cannot_share_is_named(workspace, tmp_path, fields):
+    with pytest.raises(ValueError, match=r"batch_size \d is not a multiple of 8 devices x .*\d"):
+        workspace.train(tmp_path, *fields)
 
 
 # ---------------------------------------------------------------------------- interruptions

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -104,10 +105,14 @@ class Data:
 
 
 class HostBatch(NamedTuple):
-    """A batch in host memory and the ids of its images."""
+    """A batch in the memory of the hosts that share it.
+
+    batch: this host's part.  image_ids, image_mask: of the whole batch; which slots are real.
+    """
 
     batch: Batch
     image_ids: np.ndarray
+    image_mask: np.ndarray
 
 
 def open_split(data: Data, split: str) -> PreparedSplit:
@@ -195,14 +200,22 @@ class ImageCache:
 
 
 def load_batch(
-    step: int, *, plan: BatchPlan, split: PreparedSplit, max_boxes: int, cache: ImageCache
+    step: int,
+    *,
+    plan: BatchPlan,
+    split: PreparedSplit,
+    max_boxes: int,
+    cache: ImageCache,
+    share: tuple[int, int] = (0, 1),
 ) -> HostBatch:
-    """Decodes, augments and pads the images of a step; keeps boxes that are ground truth.
+    """Decodes, augments and pads images of a step; keeps boxes that are ground truth.
 
-    What is random follows from the plan's seed, the step and the slot alone.
+    What is random follows from the plan's seed, the step and the slot alone. Of `share` (index,
+    count) hosts, each loads as many slots, in order.
     """
     slots = plan(step)
-    size = len(slots.images)
+    size = len(slots.images) // share[1]
+    first = share[0] * size
     arrays: dict[str, Any] = dict(
         images=np.zeros((size, *slots.canvas, 3), np.uint8),
         sizes=np.zeros((size, 2), np.int32),
@@ -210,9 +223,9 @@ def load_batch(
         boxes=np.zeros((size, max_boxes, 4), np.float32),
         labels=np.zeros((size, max_boxes), np.int32),
         box_mask=np.zeros((size, max_boxes), bool),
-        image_mask=slots.real,
+        image_mask=slots.real[first : first + size],
     )
-    for slot, index in enumerate(slots.images):
+    for slot, index in enumerate(slots.images[first : first + size]):
         record = split.source[int(index)]
         stated = (record["height"], record["width"])
 
@@ -229,21 +242,21 @@ def load_batch(
         boxes, labels = record["boxes"][keep], record["labels"][keep]
         if plan.augmentation == "ssd":
             # The plan's own generators have shorter keys, which numpy extends by zeros.
-            rng = np.random.default_rng((plan.seed, step, slot, 1))
+            rng = np.random.default_rng((plan.seed, step, first + slot, 1))
             image, boxes, labels, scale = ssd_augment(image, boxes, labels, slots.canvas, rng)
         else:
             boxes = images.scale_boxes(boxes, scale, image.shape[:2])
-        if slots.flip[slot]:
+        if slots.flip[first + slot]:
             image, boxes = images.flip(image, boxes)
         height, width = image.shape[:2]
         arrays["images"][slot, :height, :width] = image
         arrays["sizes"][slot] = height, width
         arrays["scales"][slot] = scale
-        if slots.real[slot]:
+        if slots.real[first + slot]:
             arrays["boxes"][slot, : len(boxes)] = boxes
             arrays["labels"][slot, : len(boxes)] = labels
             arrays["box_mask"][slot, : len(boxes)] = True
-    return HostBatch(Batch(**arrays), split.image_ids[slots.images])
+    return HostBatch(Batch(**arrays), split.image_ids[slots.images], slots.real)
 
 
 def max_boxes_of(split: PreparedSplit) -> int:
@@ -254,17 +267,37 @@ def max_boxes_of(split: PreparedSplit) -> int:
 def _own_copy(host: HostBatch) -> HostBatch:
     """Out of memory shared with workers, which counts as leaked if jax still looks into it."""
     copies: Any = map(np.array, host.batch)
-    return HostBatch(Batch(*copies), np.array(host.image_ids))
+    return HostBatch(Batch(*copies), np.array(host.image_ids), np.array(host.image_mask))
 
 
-def batches(plan: BatchPlan, split: PreparedSplit, steps: range, data: Data) -> Iterator[HostBatch]:
-    """The batches of these steps in order, prepared ahead by workers or threads."""
+def _outlive_preemption(_worker: int, _count: int) -> None:
+    """A SIGTERM may come to the whole process group; the main process still takes a step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def batches(
+    plan: BatchPlan,
+    split: PreparedSplit,
+    steps: range,
+    data: Data,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[HostBatch]:
+    """The batches of these steps in order, prepared ahead by workers or threads.
+
+    Args:
+        plan: what is in them.
+        split: the images.
+        steps: which batches.
+        data: workers and memory.
+        share: (index, count) of this host among those that share each batch.
+    """
     load = functools.partial(
         load_batch,
         plan=plan,
         split=split,
         max_boxes=max_boxes_of(split),
         cache=ImageCache(data.cache_megabytes * 2**20),
+        share=share,
     )
     if not len(steps):
         return
@@ -274,7 +307,8 @@ def batches(plan: BatchPlan, split: PreparedSplit, steps: range, data: Data) -> 
     if data.workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags
-        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
+        options = grain.MultiprocessingOptions(num_workers=data.workers)
+        iterable = iterable.mp_prefetch(options, worker_init_fn=_outlive_preemption)
         iterable = iterable.map(_own_copy)
     iterator = iter(iterable)
     try:

@@ -2,9 +2,13 @@
 
 A run keeps two folders: `checkpoints`, the newest ones, and `best`, the one of the highest AP. Each
 checkpoint holds the train state, which includes the step and so the position in the data, and the
-experiment. A save that was interrupted leaves nothing that counts as a checkpoint.
+experiment. A save that was interrupted leaves nothing that counts as a checkpoint. States are
+copies on the host, of which the first process writes one: any number of processes restores them.
 """
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +22,18 @@ from gfl_jax.config import Experiment, from_dict, to_dict
 class Checkpoints:
     """One folder of checkpoints, by step."""
 
-    def __init__(self, folder: Path, *, keep: int = 1):
+    def __init__(self, folder: Path, *, keep: int = 1, writes: bool = False):
         """Opens the folder, made when first saved to.
 
         Args:
             folder: where the checkpoints are.
             keep: how many of the newest stay.
+            writes: True for the run whose folder it is: what interrupted saves left is removed.
         """
-        self.folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self.folder, self._writing = folder.absolute(), -1
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, cleanup_tmp_directories=writes
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     @classmethod
@@ -59,6 +66,9 @@ class Checkpoints:
             state: pytree of host arrays.
             experiment: what made it.
             info: small JSON values kept beside it.
+
+        Raises:
+            OSError: this or the save before failed, for want of space for instance.
         """
         if step in self._manager.all_steps():
             return
@@ -66,7 +76,10 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
         )
-        self._manager.save(step, args=args)
+        with self._named_errors():
+            self._manager.wait_until_finished()
+            self._writing = step
+            self._manager.save(step, args=args)
 
     def about(self) -> tuple[Experiment, dict[str, Any]]:
         """The experiment and the info of the newest checkpoint.
@@ -119,8 +132,27 @@ class Checkpoints:
         return state
 
     def wait(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
+        """Waits until everything is on disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        with self._named_errors():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Failed writes as an OSError that says what is lost and what is not."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            shutil.rmtree(self.folder / f"{self._writing}.orbax-checkpoint-tmp", ignore_errors=True)
+            kept = f"that of step {self.step} is" if self.step is not None else "none was"
+            raise OSError(
+                f"the checkpoint of step {self._writing} could not be written to {self.folder} "
+                f"({kept} there from before): make room or mend the folder, then give the same "
+                f"command again. {error}"
+            ) from error
 
     def close(self) -> None:
         """Waits, and ends the use of the folder."""

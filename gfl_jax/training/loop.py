@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
+import math
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +21,9 @@ from gfl_jax.evaluation import Evaluation, evaluate, ground_truth, predict_all
 from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.network import Network, Variables
 from gfl_jax.training.checkpoint import Checkpoints
+from gfl_jax.training.hosts import Preempted, is_first, stop_requests
 from gfl_jax.training.metrics import MetricsLog
-from gfl_jax.training.parallel import AXIS, Pmap, ShardMap
+from gfl_jax.training.parallel import AXIS, Pmap, ShardMap, ahead
 from gfl_jax.training.step import (
     Train,
     TrainState,
@@ -63,30 +66,44 @@ class Evaluator:
     network: Network
     devices: Pmap | ShardMap
     split: PreparedSplit
-    batch_size: int
     limit: int = 0
 
     def __post_init__(self):
         self.predict = self.devices.map(
             make_predict(self.network, self.experiment.detector), [True]
         )
-        self.plan = eval_plan(self.experiment.data, self.split, self.batch_size, self.limit)
+        batch_size = self.experiment.train.eval_batch * self.devices.count
+        self.plan = eval_plan(self.experiment.data, self.split, batch_size, self.limit)
         self._forward = self.devices.map(make_forward(self.network), [True])
         self._truth = ground_truth(self.split)
 
-    def __call__(self, variables: Any) -> tuple[Evaluation, list[dict[str, Any]]]:
-        """The evaluation and the COCO results of replicated variables."""
+    def _batches(self, steps: int) -> Iterator[HostBatch]:
+        data, share = self.experiment.data, self.devices.share
+        return batches(self.plan, self.split, range(steps), data, share)
+
+    def __call__(
+        self, variables: Any, before_each: Callable[[], None] = lambda: None
+    ) -> tuple[Evaluation, list[dict[str, Any]]]:
+        """The evaluation and the COCO results of replicated variables; the same on every host.
+
+        `before_each` is called before each batch.
+        """
         steps = self.plan.steps_per_epoch
-        loaded = batches(self.plan, self.split, range(steps), self.experiment.data)
         results = predict_all(
-            self.predict, variables, loaded, self.devices, self.split, total=steps
+            self.predict,
+            variables,
+            self._batches(steps),
+            self.devices,
+            self.split,
+            total=steps,
+            before_each=before_each,
         )
         image_ids = self.split.image_ids[self.plan.indices].tolist()
         return evaluate(results, self._truth, image_ids), results
 
     def images_per_second(self, variables: Any, repeats: int = 5) -> tuple[float, float]:
         """Throughput on the first batch, with and without post-processing: medians, in turn."""
-        host = next(batches(self.plan, self.split, range(1), self.experiment.data))
+        host = next(self._batches(1))
         shard = self.devices.shard(host.batch)
         seconds: dict[str, list[float]] = {"all": [], "forward": []}
         for _ in range(repeats + 1):
@@ -94,7 +111,7 @@ class Evaluator:
                 start = time.perf_counter()
                 jax.block_until_ready(run(variables, shard))
                 seconds[name].append(time.perf_counter() - start)
-        images = len(host.batch.image_mask)
+        images = len(host.image_mask)
         # The first run of each compiles.
         with_post, without_post = (float(np.median(times[1:])) for times in seconds.values())
         return images / with_post, images / without_post
@@ -140,18 +157,28 @@ def fit(
     """Trains to the end, continuing from the newest checkpoint in `workdir` if there is one.
 
     Writes metrics.jsonl, tensorboard/, checkpoints/, best/ and results.json (COCO results of the
-    last evaluation) into it. The result does not depend on interruptions.
+    last evaluation) into it. The result does not depend on interruptions. Of several processes, all
+    must see the same `workdir`; the first writes.
 
     Raises:
+        Preempted: SIGTERM came; the state is saved.
+        OSError: a checkpoint could not be written; those before are intact.
         NonFiniteLossError: a loss is not finite; nothing of that step is saved.
-        ValueError: the checkpoint is of another model, or the splits have different classes.
+        ValueError: devices cannot share a batch equally, the checkpoint is of another model, or the
+            splits have different classes.
     """
     if train_split.category_ids != val_split.category_ids:
         raise ValueError(
             f"training has the categories {train_split.category_names}, evaluation has "
             f"{val_split.category_names}: both annotation files must list the same"
         )
+    first = is_first()
     train = experiment.train
+    if train.batch_size % (devices.count * train.accumulate):
+        raise ValueError(
+            f"train.batch_size {train.batch_size} is not a multiple of {devices.count} devices x "
+            f"train.accumulate {train.accumulate}"
+        )
     plan = train_plan(experiment.data, train_split, train.batch_size, train.seed)
     per_epoch = plan.steps_per_epoch
     total = train.epochs * per_epoch
@@ -161,9 +188,10 @@ def fit(
     train_step = devices.map(
         functools.partial(step_function, axis_name=AXIS), [False, False, True], donate=True
     )
-    evaluator = Evaluator(experiment, network, devices, val_split, train.batch_size)
+    evaluator = Evaluator(experiment, network, devices, val_split)
 
-    newest, best = Checkpoints(workdir / "checkpoints", keep=2), Checkpoints(workdir / "best")
+    newest = Checkpoints(workdir / "checkpoints", keep=2, writes=True)
+    best = Checkpoints(workdir / "best", writes=True)
     if newest.step is None:
         variables = load_pretrained(network, network.init(train.seed))
         start, state = 0, init_state(variables, optimizer, train)
@@ -173,7 +201,9 @@ def fit(
         for line in differences(to_dict(newest.about()[0]), to_dict(experiment)):
             print(f"  changed since that step: {line}")
     state = devices.replicate(state)
-    log = MetricsLog(workdir, start)
+    log = MetricsLog(workdir, start, writes=first)
+    best_ap = devices.agree(-math.inf if best.step is None else best.about()[1]["AP"])
+    evaluated = bool(devices.agree(log.has("val", start)))  # what an interrupted run had done
     about = {"category_ids": val_split.category_ids, "category_names": val_split.category_names}
 
     checkpoint_every = train.checkpoint_every or per_epoch
@@ -186,8 +216,19 @@ def fit(
         f"{train.lr * train.batch_size / 16:g}, on {devices.count} x {devices.kind}"
     )
 
-    loaded = batches(plan, train_split, range(start, total), experiment.data)
-    progress = tqdm(initial=start, total=total, desc="training", unit=" steps", smoothing=0.05)
+    loaded = ahead(
+        devices,
+        batches(plan, train_split, range(start, total), experiment.data, devices.share),
+        lambda host: host.batch,
+    )
+    progress = tqdm(
+        initial=start,
+        total=total,
+        desc="training",
+        unit=" steps",
+        smoothing=0.05,
+        disable=not first,
+    )
     numbers = _Numbers(devices, log, progress, train.log_every)
 
     def finite_copy(state: TrainState) -> TrainState:
@@ -198,28 +239,52 @@ def fit(
                 raise NonFiniteLossError(f"step {int(copy.step) - 1}: {name} is not finite")
         return copy
 
-    for step in range(start, total + 1):
-        if step and (step % eval_every == 0 or step == total) and not log.has("val", step):
-            numbers.settle()  # nothing is evaluated or saved that has not been found finite
-            evaluation, results = evaluator(state.evaluated())
-            (workdir / "results.json").write_text(json.dumps(results))
-            progress.write(f"epoch {step / per_epoch:g}\n{evaluation}")
-            ap = evaluation.metrics["AP"]
-            if best.step is None or ap > best.about()[1]["AP"]:
-                best.save(step, finite_copy(state), experiment, about | {"AP": ap})
-                best.wait()  # an evaluation that is logged is not done again after a kill
-            log.write("val", step, evaluation.metrics)
-            numbers.restart_clock()
-        if step == total:
-            break
+    def save(step: int, state: TrainState) -> None:
+        numbers.settle()  # nothing is saved that has not been found finite
+        newest.save(step, finite_copy(state), experiment, about)
 
-        host = next(loaded)
-        state, scalars, per_image = train_step(state, devices.shard(host.batch))
-        numbers.add(step, host, scalars, per_image)
-        progress.update()
-        if (step + 1) % checkpoint_every == 0 or step + 1 == total:
-            numbers.settle()
-            newest.save(step + 1, finite_copy(state), experiment, about)
+    with stop_requests() as stop:
+
+        def stop_if_told(step: int, state: TrainState) -> None:
+            if not stop():
+                return
+            began = time.perf_counter()
+            save(step, state)
+            newest.wait()
+            progress.close()
+            seconds = time.perf_counter() - began
+            print(
+                f"\ntold to stop: step {step} of {total} saved in {seconds:.1f} s; start it again"
+            )
+            raise Preempted
+
+        for step in range(start, total + 1):
+            ends = step % eval_every == 0 or step == total
+            if step and ends and not (evaluated and step == start):
+                numbers.settle()
+                evaluation, results = evaluator(
+                    state.evaluated(), functools.partial(stop_if_told, step, state)
+                )
+                if first:
+                    (workdir / "results.json").write_text(json.dumps(results))
+                progress.write(f"epoch {step / per_epoch:g}\n{evaluation}")
+                ap = devices.agree(evaluation.metrics["AP"])
+                if ap > best_ap:
+                    best_ap = ap
+                    best.save(step, finite_copy(state), experiment, about | {"AP": ap})
+                    best.wait()  # an evaluation that is logged is not done again after a kill
+                log.write("val", step, evaluation.metrics)
+                numbers.restart_clock()
+            if step == total:
+                break
+
+            stop_if_told(step, state)
+            host, batch = next(loaded)
+            state, scalars, per_image = train_step(state, batch)
+            numbers.add(step, host, scalars, per_image)
+            progress.update()
+            if (step + 1) % checkpoint_every == 0 or step + 1 == total:
+                save(step + 1, state)
     progress.close()
     log.close()
     newest.close()
@@ -250,8 +315,9 @@ class _Numbers:
         step, host, scalars, per_image = self._waiting
         self._waiting = None
         values = self._devices.fetch_replicated(scalars)
-        check_finite(step, values, self._devices.fetch_sharded(per_image), host.image_ids)
-        self._images += int(host.batch.image_mask.sum())
+        if not np.isfinite(list(values.values())).all():
+            check_finite(step, values, self._devices.fetch_sharded(per_image), host.image_ids)
+        self._images += int(host.image_mask.sum())
         if (step + 1) % self._every == 0:
             rate = self._images / (time.perf_counter() - self._since)
             self.restart_clock()

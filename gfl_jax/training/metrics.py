@@ -24,10 +24,18 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 class MetricsLog:
     """Appends entries of a kind ('train', 'val') and a step to both files."""
 
-    def __init__(self, workdir: Path, start: int):
-        """Continues the files of a run at step `start`: entries of later steps are dropped."""
+    def __init__(self, workdir: Path, start: int, *, writes: bool = True):
+        """Continues the files of a run at step `start`: entries of later steps are dropped.
+
+        Args:
+            workdir: where the files are.
+            start: steps taken.
+            writes: False for a process that only keeps the entries to itself.
+        """
         kept = [entry for entry in read_metrics(workdir) if entry["step"] <= start]
-        self.entries = kept
+        self.entries, self._writes = kept, writes
+        if not writes:
+            return
         temporary = workdir / "metrics.jsonl.partial"
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         temporary.replace(workdir / "metrics.jsonl")
@@ -38,7 +46,12 @@ class MetricsLog:
         """Adds an entry; `step` counts steps taken."""
         entry = {"kind": kind, "step": step, **{k: float(v) for k, v in values.items()}}
         self.entries.append(entry)
-        self._lines.write(json.dumps(entry) + "\n")
+        if not self._writes:
+            return
+        try:
+            self._lines.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise OSError(f"{self._lines.name} could not be written: {error.strerror}") from error
         for name, value in values.items():
             if math.isfinite(value):
                 self._events.add_scalar(f"{kind}/{name}", value, step)
@@ -49,5 +62,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flushes both files."""
+        if not self._writes:
+            return
         self._lines.close()
         self._events.close()

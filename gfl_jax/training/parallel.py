@@ -1,28 +1,61 @@
-"""One per-device function over all local devices, by pmap or by shard_map: the same results.
+"""One per-device function over all devices, by pmap or by shard_map: the same results.
 
-Trees are either replicated (the state) or sharded (a batch: devices share the leading axis). What
-is fetched is a copy: on CPUs numpy would otherwise look into buffers that the next step reuses.
+Devices may belong to several processes (hosts); each calls everything here at the same time. Trees
+are either replicated (the state) or sharded (a batch: devices share the leading axis). What is
+fetched is a copy: on CPUs numpy would otherwise look into buffers that the next step reuses.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXIS = "devices"
-"""Name of the axis to sum over inside a mapped function."""
+from gfl_jax.models.layers import BATCH_AXIS as AXIS
+
+T = TypeVar("T")
 
 
-class Pmap:
-    """jax.pmap: on the devices every array carries a leading axis, one entry a device."""
+class Devices:
+    """What both mappings share.
+
+    count: devices of all processes.  kind: what they are.
+    share: (index, count) of this process among those that share a batch.
+    """
 
     def __init__(self, devices: Sequence[jax.Device]):
-        self._devices, self.count = list(devices), len(devices)
-        self.kind = devices[0].device_kind
+        """Over these devices, in the order of their processes."""
+        self.count, self.kind = len(devices), devices[0].device_kind
+        processes = sorted({device.process_index for device in devices})
+        here = jax.process_index()
+        self.share = (processes.index(here) if here in processes else 0, len(processes))
+
+    def agree(self, value: float) -> float:
+        """The number that process 0 has."""
+        if self.share[1] == 1:
+            return value
+        bits = np.float64(value).reshape(1).view(np.uint32)  # jax would round it to float32
+        bits = np.asarray(multihost_utils.broadcast_one_to_all(bits), np.uint32)
+        return float(bits.view(np.float64)[0])
+
+    def _gathered(self, local: Any) -> Any:
+        """The parts of all processes together, on every host."""
+        return multihost_utils.process_allgather(local, tiled=True) if self.share[1] > 1 else local
+
+
+class Pmap(Devices):
+    """jax.pmap: every array carries a leading axis, one entry a device of this process."""
+
+    def __init__(self, devices: Sequence[jax.Device]):
+        super().__init__(devices)
+        self._devices = devices
+        here = [d for d in devices if d.process_index == jax.process_index()]
+        self._local = len(here)
+        self._sharding = NamedSharding(Mesh(np.array(here or devices), (AXIS,)), P(AXIS))
 
     def map(self, f: Callable, outputs: Sequence[bool], *, donate: bool = False) -> Callable:
         """`f(replicated, sharded)` over the devices.
@@ -38,26 +71,28 @@ class Pmap:
         """A host tree on every device."""
         # Through pmap itself: arrays placed otherwise make the first step compile twice.
         copy = jax.pmap(lambda _, x: x, AXIS, in_axes=(0, None), devices=self._devices)
-        return copy(np.zeros(self.count), tree)
+        return copy(np.zeros(self._local), tree)
 
     def shard(self, tree: Any) -> Any:
-        """A host tree, split over the devices by its leading axis."""
-        return jax.tree.map(lambda x: x.reshape(self.count, -1, *x.shape[1:]), tree)
+        """This process's part of a host tree, split over its devices by the leading axis."""
+        split = jax.tree.map(lambda x: x.reshape(self._local, -1, *x.shape[1:]), tree)
+        return jax.device_put(split, self._sharding)
 
     def fetch_replicated(self, tree: Any) -> Any:
         """One copy of a replicated tree, on the host."""
         return jax.tree.map(lambda x: np.array(x.addressable_data(0)).reshape(x.shape[1:]), tree)
 
     def fetch_sharded(self, tree: Any) -> Any:
-        """The whole of a sharded tree, on the host."""
-        return jax.tree.map(lambda x: np.array(x).reshape(-1, *x.shape[2:]), tree)
+        """The whole of a sharded tree, on every host."""
+        local = jax.tree.map(lambda x: np.array(x).reshape(-1, *x.shape[2:]), tree)
+        return self._gathered(local)
 
 
-class ShardMap:
+class ShardMap(Devices):
     """jax.shard_map under jit: on the devices arrays have their global shapes."""
 
     def __init__(self, devices: Sequence[jax.Device]):
-        self.count, self.kind = len(devices), devices[0].device_kind
+        super().__init__(devices)
         self._mesh = Mesh(np.array(devices), (AXIS,))
 
     def map(self, f: Callable, outputs: Sequence[bool], *, donate: bool = False) -> Callable:
@@ -84,31 +119,40 @@ class ShardMap:
         return copy(jax.tree.map(np.asarray, tree))
 
     def shard(self, tree: Any) -> Any:
-        """A host tree, split over the devices by its leading axis."""
-        return jax.device_put(tree, NamedSharding(self._mesh, P(AXIS)))
+        """See `Pmap.shard`."""
+        sharding = NamedSharding(self._mesh, P(AXIS))
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
     def fetch_replicated(self, tree: Any) -> Any:
         """One copy of a replicated tree, on the host."""
-        return jax.tree.map(np.array, tree)
+        return jax.tree.map(lambda x: np.array(x.addressable_data(0)), tree)
 
     def fetch_sharded(self, tree: Any) -> Any:
-        """The whole of a sharded tree, on the host."""
-        return jax.tree.map(np.array, tree)
+        """The whole of a sharded tree, on every host."""
+
+        def local(x: jax.Array) -> np.ndarray:
+            parts = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+            return np.concatenate([np.asarray(part.data) for part in parts])
+
+        return self._gathered(jax.tree.map(local, tree))
+
+
+def ahead(
+    devices: Pmap | ShardMap, batches: Iterable[T], part: Callable[[T], Any]
+) -> Iterator[tuple[T, Any]]:
+    """Every batch with a part of it on the devices, one ahead: it is copied while a step runs."""
+    waiting: list[tuple[T, Any]] = []
+    for batch in batches:
+        waiting.append((batch, devices.shard(part(batch))))
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def parallel(
-    mapping: Literal["pmap", "shard_map"],
-    batch_size: int,
-    devices: Sequence[jax.Device] | None = None,
+    mapping: Literal["pmap", "shard_map"], devices: Sequence[jax.Device] | None = None
 ) -> Pmap | ShardMap:
-    """The mapping named in the config over `devices` (all local ones).
-
-    Raises:
-        ValueError: the devices cannot share a batch equally.
-    """
-    devices = jax.local_devices() if devices is None else devices
-    if batch_size % len(devices):
-        raise ValueError(
-            f"train.batch_size {batch_size} is not a multiple of the {len(devices)} devices"
-        )
+    """The mapping named in the config over `devices` (those of all processes)."""
+    devices = jax.devices() if devices is None else devices
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     return Pmap(devices) if mapping == "pmap" else ShardMap(devices)

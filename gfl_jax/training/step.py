@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from gfl_jax.data.batch import Batch
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.postprocess import Detections
+from gfl_jax.models.heads import Outputs
 from gfl_jax.models.network import Arrays, Network, Variables
 
 Scalars = dict[str, Float[Array, ""]]
@@ -23,7 +24,7 @@ PerImage = dict[str, Float[Array, " b"]]
 class Train:
     """The schedule. SGD in PyTorch's form: v = momentum v + g + weight_decay p; p -= lr v.
 
-    batch_size: images a step over all devices.
+    batch_size: images a step over all devices, a multiple of devices x `accumulate`.
     lr: for a batch of 16; scaled by batch_size / 16.
     epochs, milestones: length, and epochs after which the rate is multiplied by 0.1.
     warmup_steps, warmup_factor: the rate begins as warmup_factor * lr and, in this many steps,
@@ -32,6 +33,10 @@ class Train:
     clip_norm: largest norm of the whole gradient; 0 for no clipping.
     ema_decay: of an average of the parameters that is evaluated instead; 0 for none.
     mapping: how the step is laid over devices.
+    accumulate: parts in which a device computes its images one after another, for memory; each
+        costs a further forward pass. The step is that of the whole batch.
+    eval_batch: images of each device at once in evaluation; it does not depend on the number of
+        devices, and so neither do the results.
     eval_every: epochs between evaluations, 0 for the last only.
     checkpoint_every: steps between checkpoints, 0 for every epoch.
     log_every: steps between entries of the metrics files.
@@ -52,13 +57,15 @@ class Train:
     clip_norm: float = 0.0
     ema_decay: float = 0.0
     mapping: Literal["pmap", "shard_map"] = "pmap"
+    accumulate: int = 1
+    eval_batch: int = 8
     eval_every: int = 1
     checkpoint_every: int = 0
     log_every: int = 10
     seed: int = 0
 
     def __post_init__(self):
-        for field in ("batch_size", "epochs", "lr", "log_every"):
+        for field in ("batch_size", "epochs", "lr", "log_every", "accumulate", "eval_batch"):
             if getattr(self, field) <= 0:
                 raise ValueError(f"train.{field} is {getattr(self, field)}; it must be positive")
         if not 0 <= self.ema_decay < 1:
@@ -153,12 +160,29 @@ def make_train_step(
     so that the step does not depend on how images are spread over devices.
     """
 
+    def forward(variables: Variables, batch: Batch) -> tuple[Outputs, Arrays]:
+        """The outputs of all images and the new statistics, the mean of those of the parts."""
+
+        def apply(part):
+            return network.apply(variables, *part, train=True)
+
+        if train.accumulate == 1:
+            return apply((batch.images, batch.sizes))
+        # Of each part only inputs and outputs are kept; going back computes the part again. So the
+        # losses see the whole batch, and what they divide by is right.
+        parts = jax.tree.map(
+            lambda x: x.reshape(train.accumulate, -1, *x.shape[1:]), (batch.images, batch.sizes)
+        )
+        outputs, stats = lax.map(jax.checkpoint(apply), parts)
+        whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+        return whole, jax.tree.map(lambda x: x.mean(0), stats)
+
     def train_step(
         state: TrainState, batch: Batch, *, axis_name: str
     ) -> tuple[TrainState, Scalars, PerImage]:
         def objective(params: Arrays):
             variables = state.variables._replace(params=params)
-            outputs, stats = network.apply(variables, batch.images, batch.sizes, train=True)
+            outputs, stats = forward(variables, batch)
             losses = detector.losses(outputs, batch, lambda count: lax.psum(count, axis_name))
             return sum(losses.terms.values()), (losses, stats)
 
@@ -166,11 +190,13 @@ def make_train_step(
         gradient, terms = lax.psum((gradient, losses.terms), axis_name)
         stats = lax.pmean(stats, axis_name)
 
-        updates, momenta = optimizer.update(gradient, state.optimizer, state.variables.params)
-        params = optax.apply_updates(state.variables.params, updates)
-        ema = {
-            k: train.ema_decay * v + (1 - train.ema_decay) * params[k] for k, v in state.ema.items()
-        }
+        with jax.named_scope("optimizer"):
+            updates, momenta = optimizer.update(gradient, state.optimizer, state.variables.params)
+            params = optax.apply_updates(state.variables.params, updates)
+            ema = {
+                name: train.ema_decay * average + (1 - train.ema_decay) * params[name]
+                for name, average in state.ema.items()
+            }
         scalars = terms | {
             "loss": sum(terms.values()),
             "grad_norm": optax.global_norm(gradient),

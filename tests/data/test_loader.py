@@ -98,7 +98,7 @@ def test_boxes_lie_on_their_objects_after_resizing_and_flipping(split, data):
     seen = set()
     for step in range(6 * plan.steps_per_epoch):
         slots = plan(step)
-        (batch, image_ids) = load(step, plan, split)
+        batch, image_ids, _ = load(step, plan, split)
         for i in np.flatnonzero(slots.real):
             pixels, (height, width) = batch.images[i], batch.sizes[i]
             boxes = batch.boxes[i][batch.box_mask[i]]
@@ -130,7 +130,7 @@ def test_flipping_mirrors_the_image_without_its_padding(split, data):
         for flip in (0.0, 1.0)
     )
     for step in range(plain.steps_per_epoch):
-        (a, _), (b, _) = (load(step, plan, split) for plan in (plain, mirrored))
+        (a, *_), (b, *_) = (load(step, plan, split) for plan in (plain, mirrored))
         for i in range(2):
             width = a.sizes[i, 1]
             np.testing.assert_array_equal(b.images[i][:, :width], a.images[i][:, :width][:, ::-1])
@@ -144,7 +144,7 @@ def test_flipping_mirrors_the_image_without_its_padding(split, data):
 def test_batches_are_padded_with_zeros(split, plan):
     for step in range(plan.steps_per_epoch):
         slots = plan(step)
-        batch, image_ids = load(step, plan, split)
+        batch, image_ids, _ = load(step, plan, split)
         assert batch.images.shape == (3, *slots.canvas, 3)
         assert batch.images.dtype == np.uint8
         assert batch.boxes.dtype == batch.scales.dtype == np.float32
@@ -163,7 +163,7 @@ def test_batches_are_padded_with_zeros(split, plan):
 def test_sizes_and_canvas_follow_the_limits(split, plan):
     for step in range(2 * plan.steps_per_epoch):
         slots = plan(step)
-        batch, image_ids = load(step, plan, split)
+        batch, image_ids, _ = load(step, plan, split)
         for (height, width), image_id in zip(batch.sizes, image_ids, strict=True):
             old = SIZES[image_id - 1]
             scale = min(128 / max(old), slots.short_side / min(old))
@@ -177,7 +177,7 @@ def test_without_the_ratio_every_image_fills_the_canvas(split, data):
     for plan in (train_plan(data, split, batch_size=3, seed=3), eval_plan(data, split, 3)):
         seen = []
         for step in range(plan.steps_per_epoch):
-            batch, image_ids = load(step, plan, split)
+            batch, image_ids, _ = load(step, plan, split)
             assert batch.images.shape == (3, 96, 128, 3)
             assert (batch.sizes == (96, 128)).all()
             assert batch.images.any(-1).mean() > 0.99
@@ -195,7 +195,7 @@ def test_augmented_objects_keep_their_boxes(split):
     dropped = kept = 0
     scales = set()
     for step in range(3 * plan.steps_per_epoch):
-        (batch, image_ids) = load(step, plan, split)
+        batch, image_ids, _ = load(step, plan, split)
         assert batch.boxes.dtype == batch.scales.dtype == np.float32
         for i in np.flatnonzero(batch.image_mask):
             boxes = batch.boxes[i][batch.box_mask[i]]
@@ -238,10 +238,36 @@ def test_training_leaves_out_images_without_objects_and_tiny_ones(split, plan):
     assert seen == set(range(len(SIZES))) - {NO_OBJECT, TOO_SMALL}
 
 
+@pytest.mark.parametrize("data", [DATA, SSD], ids=["flipped", "augmented"])
+@pytest.mark.parametrize("hosts", [2, 3, 6])
+def test_hosts_load_together_what_one_would(split, data, hosts):
+    plan = train_plan(data, split, batch_size=6, seed=3)
+    for step in range(plan.steps_per_epoch):
+        whole = load(step, plan, split)
+        parts = [
+            load_batch(
+                step,
+                plan=plan,
+                split=split,
+                max_boxes=16,
+                cache=ImageCache(0),
+                share=(index, hosts),
+            )
+            for index in range(hosts)
+        ]
+        for part in parts:
+            assert len(part.batch.images) == 6 // hosts
+            np.testing.assert_array_equal(part.image_ids, whole.image_ids)
+            np.testing.assert_array_equal(part.image_mask, whole.image_mask)
+        for name in whole.batch._fields:
+            together = np.concatenate([getattr(part.batch, name) for part in parts])
+            np.testing.assert_array_equal(together, getattr(whole.batch, name))
+
+
 def test_evaluation_sees_every_image_once_unflipped(split):
     plan = eval_plan(DATA, split, batch_size=3)
-    found = [batch for batch in batches(plan, split, range(plan.steps_per_epoch), DATA)]
-    ids = np.concatenate([ids[batch.image_mask] for batch, ids in found])
+    found = list(batches(plan, split, range(plan.steps_per_epoch), DATA))
+    ids = np.concatenate([host.image_ids[host.image_mask] for host in found])
     assert sorted(ids.tolist()) == list(range(1, len(SIZES) + 1))
     assert not any(plan(step).flip.any() for step in range(plan.steps_per_epoch))
     limited = eval_plan(DATA, split, batch_size=3, limit=4)
@@ -254,7 +280,7 @@ def test_there_is_room_for_the_boxes_of_the_fullest_image(split, plan):
     assert room % 8 == 0
     assert room <= 16
     most = 0
-    for batch, _ in batches(plan, split, range(plan.steps_per_epoch), DATA):
+    for batch, *_ in batches(plan, split, range(plan.steps_per_epoch), DATA):
         assert batch.boxes.shape[1] == room
         most = max(most, batch.box_mask.sum(1).max())
     assert most == 9

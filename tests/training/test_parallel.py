@@ -1,29 +1,34 @@
-"""One device or eight, pmap or shard_map: the same parameters."""
+"""One device or eight, pmap or shard_map, one process or two: the same parameters."""
 
 import dataclasses
-import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from gfl_jax.config import Train
-from gfl_jax.detectors.dense import Detector, Losses
-from gfl_jax.detectors.postprocess import Inference
-from gfl_jax.models.fpn import Neck
-from gfl_jax.models.heads import Head, Predicts
-from gfl_jax.models.network import Backbone, Model, Network
-from gfl_jax.training.parallel import AXIS, Pmap, ShardMap, parallel
-from gfl_jax.training.step import (
-    init_state,
-    learning_rate,
-    make_predict,
-    make_train_step,
-    sgd,
+from flax import nnx
+from trainers import (
+    CLASSES,
+    DETECTOR,
+    OBJECTS,
+    TRAIN,
+    VARIANTS,
+    Trainer,
+    difference,
+    make_batches,
+    make_network,
+    parameters,
+    params_of,
 )
 
-CLASSES = 3
-OBJECTS = [3, 0, 1, 8, 2, 0, 5, 1]
+from gfl_jax.detectors.classification import Focal
+from gfl_jax.detectors.dense import Detector, Losses
+from gfl_jax.detectors.quality import GuidedQuality
+from gfl_jax.models.heads import Outputs, Predicts
+from gfl_jax.models.layers import normalization
+from gfl_jax.models.network import Variables
+from gfl_jax.training.parallel import Pmap, ShardMap, ahead, parallel
+
 MAPPINGS = {
     "one device": lambda: Pmap(jax.local_devices()[:1]),
     "pmap": lambda: Pmap(jax.local_devices()),
@@ -31,55 +36,16 @@ MAPPINGS = {
     "shard_map of one": lambda: ShardMap(jax.local_devices()[:1]),
 }
 EIGHT = ["pmap", "shard_map"]
-# Random weights score about 0.01 everywhere and predict the same box: all of them are kept.
-DETECTOR = Detector(
-    inference=Inference(score_threshold=1e-6, nms_iou=1.0, nms_pre=50, max_per_image=30)
-)
-# Clipped, averaged, decayed: all that a step does with a gradient.
-TRAIN = Train(batch_size=8, lr=0.1, warmup_steps=0, clip_norm=2.0, ema_decay=0.5, weight_decay=0.01)
-
-
-class Trainer:
-    """A network, its compiled step and predictions over some devices."""
-
-    def __init__(self, network, devices, detector=DETECTOR, train=TRAIN):
-        schedule = learning_rate(train, steps_per_epoch=100)
-        optimizer = sgd(train, schedule)
-        step = make_train_step(network, detector, optimizer, schedule, train)
-        self.devices = devices
-        self.step = devices.map(
-            functools.partial(step, axis_name=AXIS), [False, False, True], donate=True
-        )
-        self.predict = devices.map(make_predict(network, detector), [True])
-        first = init_state(network.init(0), optimizer, train)
-        self.first = jax.tree.map(lambda x: np.array(x, copy=True), first)
-
-    def run(self, batches):
-        """The state after these steps, on the devices, and what each step reported."""
-        state, reports = self.devices.replicate(self.first), []
-        for batch in batches:
-            state, scalars, per_image = self.step(state, self.devices.shard(batch))
-            reports.append(
-                (
-                    self.devices.fetch_replicated(scalars),
-                    self.devices.fetch_sharded(per_image),
-                )
-            )
-        return state, reports
 
 
 @pytest.fixture(scope="module")
-def batches(make_batch):
-    """Three batches of eight images, some without objects, one slot in each only a filler."""
-    mask = np.arange(8) != 5
-    return [make_batch(np.roll(OBJECTS, i), seed=i)._replace(image_mask=mask) for i in range(3)]
+def batches():
+    return make_batches()
 
 
 @pytest.fixture(scope="module")
 def network():
-    backbone = Backbone(depth=18, width=8, norm="frozen_bn", frozen_stages=1)
-    model = Model(backbone, Neck(32), Head(width=32, stacked_convs=1))
-    return Network(model, DETECTOR.predicts(CLASSES))
+    return make_network()
 
 
 @pytest.fixture(scope="module")
@@ -91,19 +57,6 @@ def trainers(network):
 def outcomes(trainers, batches):
     """Final state and reports of each mapping."""
     return {name: trainer.run(batches) for name, trainer in trainers.items()}
-
-
-def difference(a, b, first):
-    """The largest difference of a parameter, relative to how far training moved its tensor."""
-    worst = 0.0
-    for name in a:
-        moved, apart = np.abs(a[name] - first[name]).max(), np.abs(a[name] - b[name]).max()
-        worst = max(worst, float(apart / moved) if moved else float(apart > 0))
-    return worst
-
-
-def params_of(trainer, state):
-    return trainer.devices.fetch_replicated(state.variables.params)
 
 
 # Float32 sums in another order: 3e-5 was measured; leaving out one box gives 0.8.
@@ -190,23 +143,125 @@ def test_the_comparison_sees_counts_that_are_not_summed(linear_network, batches)
     assert difference(*states, first) > 30 * TOLERANCE
 
 
-def test_predictions_do_not_depend_on_the_devices(trainers, batches):
-    variables = trainers["one device"].first.evaluated()
+@pytest.fixture(scope="module")
+def alone():
+    """Parameters before and after three steps of one device in a program of its own."""
+    return {
+        norm: parameters(VARIANTS[name])
+        for norm, name in (("frozen_bn", "1 device"), ("bn", "BatchNorm, 1 device"))
+    }
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if variant.processes > 1 and variant.norm == "frozen_bn"
+        else pytest.param(name, marks=SLOW)
+        for name, variant in VARIANTS.items()
+    ],
+)
+def test_every_way_to_compute_a_batch_gives_the_same_parameters(alone, name):
+    variant = VARIANTS[name]
+    first, expected = alone[variant.norm.removeprefix("sync_")]
+    found_first, found = parameters(variant)
+    for parameter, value in first.items():
+        np.testing.assert_array_equal(found_first[parameter], value)
+    assert difference(expected, found, first) < TOLERANCE
+
+
+def test_predictions_do_not_depend_on_the_devices(network, make_batch):
+    """Bit by bit, if each device is given as many images at once."""
+    batch = make_batch(OBJECTS * 2)
     found = {}
-    for name, trainer in trainers.items():
-        devices = trainer.devices
-        predicted = trainer.predict(devices.replicate(variables), devices.shard(batches[0]))
-        found[name] = devices.fetch_sharded(predicted)
-    assert found["one device"].mask.shape == (8, 30)
-    assert found["one device"].mask.sum() > 200
-    for ours, theirs in zip(found["pmap"], found["shard_map"], strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    # A batch of eight and eight of one are different programs: their last bits differ.
-    ours, expected = found["pmap"], found["one device"]
-    np.testing.assert_array_equal(ours.mask, expected.mask)
-    np.testing.assert_array_equal(ours.labels, expected.labels)
-    np.testing.assert_allclose(ours.scores, expected.scores, rtol=1e-5)
-    np.testing.assert_allclose(ours.boxes, expected.boxes, rtol=1e-5, atol=1e-4)
+    for name, mapping in MAPPINGS.items():
+        mapped = mapping()
+        trainer = Trainer(network, mapped)
+        variables = mapped.replicate(trainer.first.evaluated())
+        size = 2 * mapped.count
+        parts = [
+            jax.tree.map(lambda x, part=slice(start, start + size): x[part], batch)
+            for start in range(0, len(batch.images), size)
+        ]
+        predicted = [
+            mapped.fetch_sharded(trainer.predict(variables, mapped.shard(part))) for part in parts
+        ]
+        found[name] = jax.tree.map(lambda *x: np.concatenate(x), *predicted)
+    expected = found["one device"]
+    assert expected.mask.shape == (16, 30)
+    assert expected.mask.sum() > 400
+    for other in found.values():
+        for ours, theirs in zip(other, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("mapping", "parts"), [("one device", 4), ("pmap", 2), ("shard_map", 2)])
+def test_a_step_in_parts_is_that_of_the_whole_batch(linear_network, make_batch, mapping, parts):
+    """Counts and weights that losses are divided by are of the whole, for every kind of quality."""
+    batches = [make_batch(np.roll(OBJECTS * 2, i), seed=i) for i in range(2)]
+    guided = dataclasses.replace(DETECTOR, quality=GuidedQuality("iou"), classification=Focal())
+    for detector in (DETECTOR, guided):
+        network = linear_network(None, detector.predicts(CLASSES))
+        train = dataclasses.replace(TRAIN, accumulate=parts)
+        whole = Trainer(network, MAPPINGS["one device"](), detector)
+        split = Trainer(network, MAPPINGS[mapping](), detector, train)
+        first = jax.device_get(whole.first.variables.params)
+        (expected, reports), (found, others) = whole.run(batches), split.run(batches)
+        assert difference(params_of(whole, expected), params_of(split, found), first) < 1e-4
+        for (scalars, shares), (our_scalars, our_shares) in zip(reports, others, strict=True):
+            for name, value in scalars.items():
+                np.testing.assert_allclose(our_scalars[name], value, rtol=1e-4)
+            for name, value in shares.items():
+                np.testing.assert_allclose(our_shares[name], value, rtol=1e-3, atol=1e-6)
+
+
+class Normalised:
+    """A convolution and a norm: enough to tell whose statistics are used."""
+
+    def __init__(self, norm):
+        self._norm = norm
+
+    def init(self, seed):
+        rng = np.random.default_rng(seed)
+        params = {
+            "kernel": rng.normal(size=(3, 6)).astype(np.float32),
+            "scale": rng.normal(size=6).astype(np.float32),
+            "bias": rng.normal(size=6).astype(np.float32),
+        }
+        stats = {"mean": np.zeros(6, np.float32), "var": np.ones(6, np.float32)}
+        return Variables(jax.tree.map(jnp.asarray, params), {}, jax.tree.map(jnp.asarray, stats))
+
+    def apply(self, variables, images, sizes, *, train):
+        norm = normalization(self._norm, 6, rngs=nnx.Rngs(0))
+        norm.scale[...], norm.bias[...] = variables.params["scale"], variables.params["bias"]
+        norm.mean[...], norm.var[...] = variables.stats["mean"], variables.stats["var"]
+        norm.train()
+        x = norm((images / 255) @ variables.params["kernel"])
+        outputs = Outputs([jnp.sin(x)], [x**3], [])
+        return outputs, {"mean": norm.mean[...], "var": norm.var[...]}
+
+
+@pytest.mark.parametrize("mapping", EIGHT)
+def test_synchronised_batch_norm_is_that_of_the_whole_batch(batches, mapping):
+    """Statistics, and the gradient through them, which crosses devices."""
+    brighter = [  # images that differ much: their own statistics are others
+        b._replace(images=b.images // np.arange(1, 9, dtype=np.uint8)[:, None, None, None])
+        for b in batches
+    ]
+    outcome = {}
+    for norm, where in (("bn", "one device"), ("sync_bn", mapping), ("bn", mapping)):
+        trainer = Trainer(Normalised(norm), MAPPINGS[where](), Energy())
+        state, _ = trainer.run(brighter)
+        outcome[norm, where] = trainer.devices.fetch_replicated(state.variables)
+    first = jax.device_get(trainer.first.variables)
+    expected = outcome["bn", "one device"]
+    for part, before in (("params", first.params), ("stats", first.stats)):
+        whole = getattr(expected, part)
+        assert difference(whole, getattr(outcome["sync_bn", mapping], part), before) < 1e-4
+        assert difference(whole, getattr(outcome["bn", mapping], part), before) > 1e-2
 
 
 class Energy:
@@ -291,6 +346,14 @@ def test_what_was_fetched_stays_as_it_was(quick, batches, mapping):
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
+def test_a_step_reuses_the_buffers_of_the_state(quick, batches, mapping):
+    trainer = quick(mapping)
+    state = trainer.devices.replicate(trainer.first)
+    trainer.step(state, trainer.devices.shard(batches[0]))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
 def test_replicated_arrays_have_buffers_of_their_own(mapping):
     """Averaged parameters start as the parameters; a step may not be given a buffer twice."""
     devices, array = MAPPINGS[mapping](), jax.numpy.arange(1000.0)
@@ -320,16 +383,29 @@ def test_trees_come_back_as_they_went(mapping):
         np.testing.assert_array_equal(doubled[name], value * np.int32(2))
 
 
-@pytest.mark.parametrize("mapping", EIGHT)
-@pytest.mark.parametrize("batch_size", [1, 4, 12])
-def test_a_batch_that_devices_cannot_share_is_named(mapping, batch_size):
-    with pytest.raises(ValueError, match=f"train.batch_size {batch_size} .*8 devices"):
-        parallel(mapping, batch_size)
-    assert parallel(mapping, batch_size, jax.local_devices()[:1]).count == 1
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_batches_are_on_the_devices_one_ahead(mapping):
+    devices, asked = MAPPINGS[mapping](), []
+    arrays = [np.arange(16.0) + i for i in range(4)]
+
+    def loaded():
+        for i in range(4):
+            asked.append(i)
+            yield i
+
+    pairs = ahead(devices, loaded(), lambda i: {"x": arrays[i]})
+    for i in range(4):
+        which, on_devices = next(pairs)
+        assert which == i
+        assert asked == list(range(min(i + 2, 4)))
+        np.testing.assert_array_equal(devices.fetch_sharded(on_devices)["x"], arrays[i])
+        assert len(on_devices["x"].addressable_shards) == devices.count
+    assert not list(pairs)
+    assert not list(ahead(devices, [], lambda i: i))
 
 
 @pytest.mark.parametrize(("mapping", "kind"), [("pmap", Pmap), ("shard_map", ShardMap)])
 def test_the_config_s_word_chooses_the_mapping(mapping, kind):
-    devices = parallel(mapping, 16)
+    devices = parallel(mapping)
     assert isinstance(devices, kind)
     assert devices.count == 8
