@@ -51,6 +51,7 @@ class Predictions(NamedTuple):
     boxes: [n, 4], pixels of the original image.  scores, labels: [n].
     raw: [n, channels], regression outputs of their priors.
     strides: [n, 4], of their levels, in pixels of the original image, along (x, y, x, y).
+    centers: [n, 4], of their priors, in pixels of the original image, (x, y, x, y).
     """
 
     boxes: Any
@@ -58,6 +59,7 @@ class Predictions(NamedTuple):
     labels: Any
     raw: Any
     strides: Any
+    centers: Any
 
 
 def predictions(run: Run, count: int, limit: int = 0) -> Iterator[tuple[int, Predictions]]:
@@ -99,15 +101,21 @@ def _predict(
         labels=chosen(labels),
         raw=jnp.take_along_axis(raw, index[..., None], axis=1),
         strides=jnp.asarray(priors.strides)[index][..., None] / scale,
+        centers=jnp.tile(jnp.asarray(priors.centers)[index], 2) / scale,
     )
 
 
 class Truth(NamedTuple):
-    """The objects of an image. ambiguity: of each side, in pixels, where the data set knows it."""
+    """The objects of an image.
+
+    ambiguity: of each side, the standard deviation of the labels around `nominal`, in pixels, where
+    the data set knows it.
+    """
 
     boxes: np.ndarray
     labels: np.ndarray
     ambiguity: np.ndarray
+    nominal: np.ndarray
 
 
 def truth_of(split: PreparedSplit) -> dict[int, Truth]:
@@ -118,10 +126,16 @@ def truth_of(split: PreparedSplit) -> dict[int, Truth]:
         if not annotation["iscrowd"]:
             x, y, w, h = annotation["bbox"]
             ambiguity = annotation.get("ambiguity", [np.nan] * 4)
-            entry = [x, y, x + w, y + h, label_of[annotation["category_id"]], *ambiguity]
+            left, top, width, height = annotation.get("nominal_bbox", [np.nan] * 4)
+            nominal = [left, top, left + width, top + height]
+            label = label_of[annotation["category_id"]]
+            entry = [x, y, x + w, y + h, label, *ambiguity, *nominal]
             found[annotation["image_id"]].append(entry)
-    arrays = {image_id: np.array(rows).reshape(-1, 9) for image_id, rows in found.items()}
-    return {k: Truth(a[:, :4], a[:, 4].astype(int), a[:, 5:]) for k, a in arrays.items()}
+    arrays = {image_id: np.array(rows).reshape(-1, 13) for image_id, rows in found.items()}
+    return {
+        image_id: Truth(a[:, :4], a[:, 4].astype(int), a[:, 5:9], a[:, 9:])
+        for image_id, a in arrays.items()
+    }
 
 
 def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -216,11 +230,16 @@ class Sides(NamedTuple):
 
     excess: the part of the spread that a distribution of two neighbouring bins with the same mean
     does not have, which is what DFL makes of a side that is clear.
+
+    ideal_spread, ideal_excess: of the distribution with the least DFL from the same prior, the mean
+    of its targets over all labels that the side could have had. (Of a Gaussian: the ambiguity.)
     """
 
     ambiguity: np.ndarray
     spread: np.ndarray
     excess: np.ndarray
+    ideal_spread: np.ndarray
+    ideal_excess: np.ndarray
 
 
 def sides_of(run: Run, iou: float = 0.6) -> Sides:
@@ -245,7 +264,14 @@ def sides_of(run: Run, iou: float = 0.6) -> Sides:
             best = int(np.argmax(good[i]))  # candidates come by descending score
             spread = np.asarray(box.spread(found.raw[best])) * found.strides[best]
             excess = _excess(box, found.raw[best]) * found.strides[best]
-            parts.append((objects.ambiguity[i], spread, excess))
+            distance = np.abs(objects.nominal[i] - found.centers[best])
+            ideal = [
+                x * found.strides[best]
+                for x in _ideal(
+                    box, *(x / found.strides[best] for x in (distance, objects.ambiguity[i]))
+                )
+            ]
+            parts.append((objects.ambiguity[i], spread, excess, *ideal))
     if not parts:
         raise ValueError(f"no object is overlapped by {iou}: train longer, or on more data")
     return Sides(*(np.stack(column) for column in zip(*parts, strict=True)))
@@ -268,8 +294,25 @@ def _excess(box: GeneralDistribution | Gaussian, raw: Any) -> np.ndarray:
     if isinstance(box, Gaussian):
         return spread
     bins = np.asarray(box.parameters(raw)) / box.delta
-    between = (bins - np.floor(bins)) * (np.ceil(bins) - bins) * box.delta**2
+    between = (bins - np.floor(bins)) * (np.floor(bins) + 1 - bins) * box.delta**2
     return np.sqrt(np.maximum(spread**2 - between, 0))
+
+
+def _ideal(
+    box: GeneralDistribution | Gaussian, distance: np.ndarray, ambiguity: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Spread and excess of the best answer for labels around these distances, all in strides."""
+    if isinstance(box, Gaussian):
+        return ambiguity, ambiguity
+    normal = scipy.stats.norm.ppf((np.arange(99) + 0.5) / 99)
+    labels = (distance[..., None] + ambiguity[..., None] * normal / normal.std()) / box.delta
+
+    def between(bins):
+        return (bins - np.floor(bins)) * (np.floor(bins) + 1 - bins)
+
+    variance = labels.var(-1) + between(labels).mean(-1)
+    excess = np.maximum(variance - between(labels.mean(-1)), 0)
+    return box.delta * np.sqrt(variance), box.delta * np.sqrt(excess)
 
 
 def ambiguity(run: tyro.conf.Positional[Path], out: Path = Path("ambiguity.png")) -> None:
@@ -283,30 +326,20 @@ def ambiguity(run: tyro.conf.Positional[Path], out: Path = Path("ambiguity.png")
     by_object = sides_of(opened)
     sides = Sides(*(column.reshape(-1) for column in by_object))
     blurred = sides.ambiguity > 0
-    numbers = {
-        "sides": len(blurred),
-        "blurred sides": int(blurred.sum()),
-        "rank correlation, all sides": rank_correlation(sides.ambiguity, sides.spread),
-        "rank correlation, blurred sides": rank_correlation(
-            sides.ambiguity[blurred], sides.spread[blurred]
-        ),
-        "rank correlation of the excess, all sides": rank_correlation(
-            sides.ambiguity, sides.excess
-        ),
-        "rank correlation of the excess, blurred sides": rank_correlation(
-            sides.ambiguity[blurred], sides.excess[blurred]
-        ),
-        "opposite sides, the blurred one has the larger spread": larger_opposite(
-            by_object.ambiguity, by_object.spread
-        ),
-        "opposite sides, the blurred one has the larger excess": larger_opposite(
-            by_object.ambiguity, by_object.excess
-        ),
-        "median spread of sharp sides": float(np.median(sides.spread[~blurred])),
-        "median spread of blurred sides": float(np.median(sides.spread[blurred])),
-        "median excess of sharp sides": float(np.median(sides.excess[~blurred])),
-        "median excess of blurred sides": float(np.median(sides.excess[blurred])),
-    }
+    numbers: dict[str, float] = {"sides": len(blurred), "blurred sides": int(blurred.sum())}
+    for name in ("spread", "excess", "ideal_spread", "ideal_excess"):
+        values = getattr(sides, name)
+        numbers |= {
+            f"{name}: rank correlation, all sides": rank_correlation(sides.ambiguity, values),
+            f"{name}: rank correlation, blurred sides": rank_correlation(
+                sides.ambiguity[blurred], values[blurred]
+            ),
+            f"{name}: the blurred one of two opposite sides has more": larger_opposite(
+                by_object.ambiguity, getattr(by_object, name)
+            ),
+            f"{name}: median of sharp sides, px": float(np.median(values[~blurred])),
+            f"{name}: median of blurred sides, px": float(np.median(values[blurred])),
+        }
     edges = np.quantile(sides.ambiguity[blurred], [0, 0.25, 0.5, 0.75, 1])
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for ax, values, what in (

@@ -79,10 +79,16 @@ def test_spread_and_excess_are_those_of_the_best_candidate_of_each_object(monkey
         np.array([1, 0, 1]),
         np.stack([wide, sharp, sharp]).reshape(3, -1),
         np.array([[8, 16, 8, 16], [8, 8, 8, 8], [8, 8, 8, 8]], float),
+        np.full((3, 4), 30.0),
     )
     ambiguity = np.array([0.0, 1.0, 2.0, 3.0])
     truth = {
-        7: Truth(np.stack([target, target + 300]), np.array([1, 1]), np.tile(ambiguity, (2, 1)))
+        7: Truth(
+            np.stack([target, target + 300]),
+            np.array([1, 1]),
+            np.tile(ambiguity, (2, 1)),
+            np.stack([target + 1, target]),
+        )
     }
     sides = sides_of(run_of(box, [(7, found)], truth, monkeypatch))
     np.testing.assert_array_equal(sides.ambiguity, [ambiguity])  # the other object was not found
@@ -93,6 +99,15 @@ def test_spread_and_excess_are_those_of_the_best_candidate_of_each_object(monkey
     between = (mean - np.floor(mean)) * (np.ceil(mean) - mean)
     excess = np.sqrt(variance - between) * [8, 16, 8, 16]
     np.testing.assert_allclose(sides.excess[0], excess, rtol=1e-3)
+    # The ideal: labels drawn around the nominal side, each two bins.
+    rng, drawn = np.random.default_rng(0), []
+    for side, stride, sigma in zip(target + 1, [8, 16, 8, 16], ambiguity, strict=True):
+        bins = (abs(side - 30) + sigma * rng.normal(size=200_000)) / stride
+        low = np.floor(bins)
+        drawn.append(stride * (low + (rng.random(len(low)) < bins - low)).std())
+    np.testing.assert_allclose(sides.ideal_spread[0], drawn, rtol=0.02)
+    assert (sides.ideal_excess[0, :2] == 0).all()  # a pixel within a bin of 16 cannot be seen
+    assert (sides.ideal_excess[0, 2:] > 0).all()
 
 
 def test_what_dfl_makes_of_a_clear_side_has_no_excess(monkeypatch):
@@ -103,8 +118,10 @@ def test_what_dfl_makes_of_a_clear_side_has_no_excess(monkeypatch):
         np.array([0]),
         jnp.asarray(raw[None], jnp.float32),
         np.full((1, 4), 8.0),
+        np.full((1, 4), 4.5),
     )
-    truth = {1: Truth(np.array([[0.0, 0.0, 9.0, 9.0]]), np.array([0]), np.zeros((1, 4)))}
+    box = np.array([[0.0, 0.0, 9.0, 9.0]])
+    truth = {1: Truth(box, np.array([0]), np.zeros((1, 4)), box)}
     sides = sides_of(run_of(GeneralDistribution(), [(1, found)], truth, monkeypatch))
     assert (sides.spread[0, [0, 1, 3]] > 3).all()
     np.testing.assert_allclose(sides.excess, 0, atol=0.05)
@@ -118,8 +135,10 @@ def test_a_gaussian_says_its_spread(monkeypatch):
         np.array([0]),
         raw[None],
         np.full((1, 4), 8.0),
+        np.full((1, 4), 4.5),
     )
-    truth = {1: Truth(np.array([[0.0, 0.0, 9.0, 9.0]]), np.array([0]), np.zeros((1, 4)))}
+    box = np.array([[0.0, 0.0, 9.0, 9.0]])
+    truth = {1: Truth(box, np.array([0]), np.zeros((1, 4)), box)}
     sides = sides_of(run_of(Gaussian(), [(1, found)], truth, monkeypatch))
     np.testing.assert_allclose(sides.spread[0], [4, 8, 16, 24], rtol=1e-5)
 
@@ -135,7 +154,8 @@ def test_opposite_sides_are_compared_where_one_of_them_is_blurred():
 def test_boxes_without_a_spread_and_data_without_ambiguity_are_named(monkeypatch):
     with pytest.raises(ValueError, match="Deltas"):
         sides_of(run_of(Deltas(), [], {}, monkeypatch))
-    truth = {1: Truth(np.zeros((1, 4)), np.zeros(1, int), np.full((1, 4), np.nan))}
+    unknown = np.full((1, 4), np.nan)
+    truth = {1: Truth(np.zeros((1, 4)), np.zeros(1, int), unknown, unknown)}
     with pytest.raises(ValueError, match="ambiguity"):
         sides_of(run_of(GeneralDistribution(), [], truth, monkeypatch))
 
@@ -173,7 +193,14 @@ def test_a_run_is_drawn_with_its_numbers(tmp_path, linear_network, monkeypatch, 
             raw = rng.normal(size=(n, 4 * 17)).astype(np.float32)
             yield (
                 image_id,
-                Predictions(objects.boxes, np.ones(n), objects.labels, raw, np.full((n, 4), 8.0)),
+                Predictions(
+                    objects.boxes,
+                    np.ones(n),
+                    objects.labels,
+                    raw,
+                    np.full((n, 4), 8.0),
+                    np.tile(objects.boxes.reshape(n, 2, 2).mean(1), 2),
+                ),
             )
 
     monkeypatch.setattr(analysis, "predictions", found)

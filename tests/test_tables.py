@@ -106,11 +106,11 @@ def test_an_interrupted_row_continues(run, folder, monkeypatch, capsys):
 
     original, evaluated = loop.Evaluator.__call__, []
 
-    def stop(self, variables):
+    def stop(self, *arguments):
         evaluated.append(self)
         if len(evaluated) == 2:
             raise Stop
-        return original(self, variables)
+        return original(self, *arguments)
 
     monkeypatch.setattr(loop.Evaluator, "__call__", stop)
     with pytest.raises(Stop):
@@ -120,6 +120,27 @@ def test_an_interrupted_row_continues(run, folder, monkeypatch, capsys):
     assert run(out="interrupted", rows="two", seeds=1) == ["1a_two/seed0"]
     assert "continuing from step" in capsys.readouterr().out
     assert run(out="interrupted", rows="two", seeds=1) == []
+
+
+def test_speed_is_the_median_of_runs_in_turn_on_equal_batches(
+    run, folder, linear_network, monkeypatch
+):
+    monkeypatch.setattr(tables, "WITH_SPEED", ("1a",))
+    monkeypatch.setattr(loop, "Network", linear_network)
+    measured, original = [], loop.Evaluator.images_per_second
+
+    def measure(self, variables, repeats):
+        assert original(self, variables, 1)[0] > 0
+        measured.append(self.experiment.detector.classification)
+        return 100.0 * len(measured), 0.0
+
+    monkeypatch.setattr(loop.Evaluator, "images_per_second", measure)
+    run(out="fast", seeds=1)
+    two, _, zero = measured[:3]
+    assert measured == [two, two, zero] * 5
+    head, _, *lines = (folder / "fast" / "table_1a.md").read_text().splitlines()
+    column = head.split("|").index(" images/s ")
+    assert [line.split("|")[column] for line in lines] == [" 700.0 ", " 800.0 ", " 900.0 "]
 
 
 def test_results_of_another_experiment_are_not_taken(run, folder):
