@@ -108,8 +108,9 @@ def _predict(
 class Truth(NamedTuple):
     """The objects of an image.
 
-    ambiguity: of each side, the standard deviation of the labels around `nominal`, in pixels, where
-    the data set knows it.
+    ambiguity: of each side, the standard deviation of the labels around `nominal`, in pixels. NaN
+        where the data set does not know it, or where another object hides a part: that makes a side
+        unclear, too, but how much is not known.
     """
 
     boxes: np.ndarray
@@ -125,7 +126,8 @@ def truth_of(split: PreparedSplit) -> dict[int, Truth]:
     for annotation in ground_truth(split).dataset["annotations"]:
         if not annotation["iscrowd"]:
             x, y, w, h = annotation["bbox"]
-            ambiguity = annotation.get("ambiguity", [np.nan] * 4)
+            known = annotation.get("visible", 1) == 1
+            ambiguity = annotation.get("ambiguity", [np.nan] * 4) if known else [np.nan] * 4
             left, top, width, height = annotation.get("nominal_bbox", [np.nan] * 4)
             nominal = [left, top, left + width, top + height]
             label = label_of[annotation["category_id"]]
@@ -253,14 +255,14 @@ def sides_of(run: Run, iou: float = 0.6) -> Sides:
     if not isinstance(box, GeneralDistribution | Gaussian):
         raise ValueError(f"{box} says nothing about its certainty; use a General distribution")
     truth = truth_of(run.split)
-    if all(np.isnan(objects.ambiguity).any() for objects in truth.values()):
+    if all(np.isnan(objects.ambiguity).all() for objects in truth.values()):
         raise ValueError("the annotations have no field 'ambiguity': use the `shapes` data set")
     parts = []
     for image_id, found in predictions(run, 100):
         objects = truth[image_id]
         good = overlaps(objects.boxes, found.boxes) >= iou
         good &= objects.labels[:, None] == found.labels
-        for i in np.flatnonzero(good.any(1)):
+        for i in np.flatnonzero(good.any(1) & ~np.isnan(objects.ambiguity).any(1)):
             best = int(np.argmax(good[i]))  # candidates come by descending score
             spread = np.asarray(box.spread(found.raw[best])) * found.strides[best]
             excess = _excess(box, found.raw[best]) * found.strides[best]
@@ -376,7 +378,7 @@ def _draw_examples(run: Run, out: Path, count: int = 8) -> None:
         good = (overlaps(objects.boxes, found.boxes) >= 0.7) & (
             objects.labels[:, None] == found.labels
         )
-        for i in np.flatnonzero(good.any(1)):
+        for i in np.flatnonzero(good.any(1) & ~np.isnan(objects.ambiguity).any(1)):
             unclear = (
                 objects.ambiguity[i].max() / (objects.boxes[i, 2:] - objects.boxes[i, :2]).max()
             )

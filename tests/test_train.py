@@ -248,6 +248,46 @@ def test_a_run_killed_in_its_last_evaluation_ends_as_it_would_have(finished, wor
     assert Checkpoints(workdir / "best").step == 27
 
 
+def test_a_save_that_fails_is_named_and_the_one_before_is_intact(finished, workspace):
+    """A limit on the size of files stands for a full disk."""
+    whole, _, _ = finished
+    workdir = workspace.folder / "full"
+    workspace.train(workdir, "--train.epochs=1")
+    limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "-"]  # KiB
+    failed = subprocess.run(
+        [*limited, sys.executable, "train.py", *workspace.arguments(workdir)],
+        cwd=ROOT,
+        env=os.environ | {"GLIBC_TUNABLES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert failed.returncode == 1
+    message = failed.stderr[failed.stderr.rindex("error: ") :]
+    assert f"of step 4 could not be written to {workdir / 'checkpoints'}" in message
+    assert "that of step 3 is there from before" in message
+    assert Checkpoints(workdir / "checkpoints").step == 3
+    assert not list(workdir.glob("*/*tmp*"))
+    assert "continuing from step 3 of 27" in workspace.train(workdir)
+    states = [workspace.state(folder) for folder in (whole, workdir)]
+    for ours, theirs in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_work_directory_that_cannot_be_is_named(workspace):
+    (workspace.folder / "file").write_text("in the way")
+    process = subprocess.run(
+        [sys.executable, "train.py", *workspace.arguments(workspace.folder / "file" / "run")],
+        cwd=ROOT,
+        env=os.environ | {"GLIBC_TUNABLES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert process.returncode == 1
+    assert str(workspace.folder / "file") in process.stderr.splitlines()[-1]
+
+
 # ---------------------------------------------------------------------------- losses not finite
 
 

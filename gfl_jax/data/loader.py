@@ -125,7 +125,7 @@ def open_split(data: Data, split: str) -> PreparedSplit:
     cache = Path(data.cache_dir).expanduser()
     if data.source == "shapes":
         name = f"shapes-{data.shapes.num_train}-{data.shapes.num_val}-" + "x".join(
-            map(str, (*data.shapes.image_size, data.shapes.seed))
+            map(str, (*data.shapes.image_size, data.shapes.seed, data.shapes.blurred))
         )
         root = make_shapes(Path(data.root).expanduser() if data.root else cache / name, data.shapes)
         folder = CocoFolder(root / "annotations" / f"instances_{split}.json", root / split)

@@ -46,7 +46,6 @@ MIN_VISIBLE = 0.4  # no shape is hidden further than this
 MIN_BLURRED = 28.0  # px, the least extent along which a side may be blurred
 FADE = 2.0  # a blurred side fades out within +- FADE sigma, and its label stays within as well
 CLIPPED_STD = 0.95940  # standard deviation of a standard normal clipped to +- FADE
-BLURRED = 0.4  # the chance to try and blur a shape; about a third of these cannot be
 OUTWARD = np.array([-1.0, -1.0, 1.0, 1.0])  # the direction of each side (left, top, right, bottom)
 
 
@@ -59,16 +58,20 @@ class Shapes:
         num_val: Number of validation images.
         image_size: (height, width) of every image, in pixels.
         seed: Any non-negative integer. Image `i` of a split depends on nothing but the seed, the
-            split, `i` and the image size, so a larger dataset begins with the smaller one.
+            split, `i`, the image size and `blurred`, so a larger dataset begins with the smaller.
+        blurred: The chance to try and blur one or two sides of a shape; about a third cannot be.
     """
 
     num_train: int = 3000
     num_val: int = 200
     image_size: tuple[int, int] = (128, 128)
     seed: int = 0
+    blurred: float = 0.4
 
     def __post_init__(self) -> None:
         """Raises ValueError where no dataset could be made."""
+        if not 0 <= self.blurred <= 1:
+            raise ValueError(f"Shapes.blurred must be a probability: {self.blurred}")
         for field in ("num_train", "num_val", "seed"):
             if getattr(self, field) < 0:
                 raise ValueError(f"Shapes.{field} must not be negative: {getattr(self, field)}")
@@ -175,13 +178,14 @@ def bound(outline: np.ndarray, window: np.ndarray) -> np.ndarray | None:
     return np.where(np.abs(box - window) < 1e-6, window, box)
 
 
-def make_sprite(rng: np.random.Generator, height: int, width: int) -> Sprite | None:
+def make_sprite(rng: np.random.Generator, height: int, width: int, blurred: float) -> Sprite | None:
     """Draws a random shape somewhere in an image, or None if the border cuts it too small.
 
     Args:
         rng: Source of randomness.
         height: The image's height in pixels.
         width: The image's width in pixels.
+        blurred: The chance to try and blur some of its sides.
 
     Returns:
         The sprite; to about a pixel, `nominal` is the box of its `alpha > 0.5`.
@@ -200,9 +204,9 @@ def make_sprite(rng: np.random.Generator, height: int, width: int) -> Sprite | N
 
     # Which sides are blurred: their ramps lie within the image, and are wide enough to be seen.
     sigma = np.zeros(4)
-    if rng.random() < BLURRED:
-        blurred = rng.permutation(4)[: rng.integers(1, 3)]
-        sigma[blurred] = rng.uniform(0.03, 0.10, len(blurred)) * np.tile(size, 2)[blurred]
+    if rng.random() < blurred:
+        chosen = rng.permutation(4)[: rng.integers(1, 3)]
+        sigma[chosen] = rng.uniform(0.03, 0.10, len(chosen)) * np.tile(size, 2)[chosen]
         sigma[np.tile(size, 2) < MIN_BLURRED] = 0.0
         sigma[OUTWARD * (image - box) < FADE * sigma] = 0.0
 
@@ -346,7 +350,7 @@ def paint(rng: np.random.Generator, image: np.ndarray, alpha: np.ndarray) -> Non
 
 
 def render_scene(
-    rng: np.random.Generator, height: int, width: int
+    rng: np.random.Generator, height: int, width: int, blurred: float = Shapes.blurred
 ) -> tuple[np.ndarray, list[Shape]]:
     """Renders one image and its labels.
 
@@ -354,6 +358,7 @@ def render_scene(
         rng: Source of randomness; all of the scene follows from it.
         height: The image's height in pixels.
         width: The image's width in pixels.
+        blurred: The chance to try and blur sides of a shape.
 
     Returns:
         The image (height, width, 3), uint8 RGB, and its shapes from the rearmost to the foremost;
@@ -364,7 +369,7 @@ def render_scene(
     shown: list[np.ndarray] = []  # what is still seen of each sprite's alpha
     for _ in range(0 if rng.random() < 0.025 else rng.integers(1, MAX_SHAPES + 1)):
         for _ in range(10):  # a shape that would hide an earlier one too far is drawn anew
-            sprite = make_sprite(rng, height, width)
+            sprite = make_sprite(rng, height, width, blurred)
             if sprite is None:
                 continue
             left = [alpha * (1.0 - sprite.alpha) for alpha in shown]
@@ -397,7 +402,7 @@ def render_scene(
 def _write_image(folder: Path, spec: Shapes, split: str, index: int) -> list[Shape]:
     """Renders and writes image `index` of a split; returns its shapes."""
     rng = np.random.default_rng((spec.seed, SPLITS.index(split), index))
-    image, shapes = render_scene(rng, *spec.image_size)
+    image, shapes = render_scene(rng, *spec.image_size, spec.blurred)
     path = folder / split / f"{index:06d}.jpg"
     if not cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95]):
         raise OSError(f"cannot write {path}")

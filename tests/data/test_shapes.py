@@ -29,7 +29,7 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sprites():
     rng = np.random.default_rng(0)
-    drawn = (shapes.make_sprite(rng, 160, 192) for _ in range(1500))
+    drawn = (shapes.make_sprite(rng, 160, 192, 0.4) for _ in range(1500))
     return [sprite for sprite in drawn if sprite is not None]
 
 
@@ -166,11 +166,22 @@ def test_killed_run_is_cleaned_away(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("num_train", -1), ("seed", -1), ("image_size", (16, 96))]
+    ("field", "value"),
+    [("num_train", -1), ("seed", -1), ("image_size", (16, 96)), ("blurred", 1.5)],
 )
 def test_impossible_spec_is_refused(field, value):
     with pytest.raises(ValueError, match=field):
         Shapes(**{field: value})
+
+
+def test_as_many_shapes_are_blurred_as_asked_for():
+    rng, share = np.random.default_rng(0), []
+    for blurred in (0.0, 0.4, 1.0):
+        drawn = (shapes.make_sprite(rng, 160, 192, blurred) for _ in range(300))
+        share.append(np.mean([(s.ambiguity > 0).any() for s in drawn if s is not None]))
+    assert share[0] == 0
+    assert 0.2 < share[1] < 0.4
+    assert share[2] > 0.55
 
 
 def test_sharp_sides_match_the_pixels(sprites):
