@@ -271,7 +271,7 @@ def plot(file: Path, title: str, rows: list[Row], results: list[list[dict[str, f
         for ax in (ours, paper):
             ax.set_yticks(y, names)
             ax.grid(alpha=0.3)
-    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
     figure.suptitle(title)
     figure.savefig(file, dpi=100)
     plt.close(figure)

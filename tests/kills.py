@@ -8,6 +8,7 @@ bit: every array of the last and the best checkpoint, the metrics, and the COCO 
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -63,10 +64,13 @@ def start(folder: Path, workdir: Path) -> subprocess.Popen:
 def reached(moment: str, workdir: Path, entries: int, began: float, delay: float) -> bool:
     """Whether a run that began with so many entries in its log is now at this moment."""
     if moment == "loading":
-        return time.monotonic() - began > 20 * delay
+        return time.time() - began > 20 * delay
     found = read_metrics(workdir)
     if moment == "saving":
-        return any(workdir.glob("*/*.orbax-checkpoint-tmp"))
+        partial = workdir.glob("*/*.orbax-checkpoint-tmp")  # not those that the kill before left
+        with contextlib.suppress(FileNotFoundError):
+            return any(folder.stat().st_mtime > began for folder in partial)
+        return False
     if len(found) <= entries:
         return False
     last = found[-1]
@@ -110,7 +114,7 @@ def main(kills: int, seed: int) -> int:
         wanted = list(itertools.islice(itertools.cycle(MOMENTS), kills))
         rng.shuffle(wanted)
         for moment in tqdm(wanted, desc="killing", unit=" kills"):
-            entries, began, delay = len(read_metrics(workdir)), time.monotonic(), rng.random()
+            entries, began, delay = len(read_metrics(workdir)), time.time(), rng.random()
             process = start(folder, workdir)
             while process.poll() is None:
                 if reached(moment, workdir, entries, began, delay):
