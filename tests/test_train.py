@@ -179,10 +179,11 @@ def test_without_a_name_the_work_directory_is_named_after_config_and_row(
     assert used == [Path("runs") / name] * 2
 
 
-@pytest.mark.parametrize("fields", [["--train.batch-size=4"], ["--train.accumulate=3"]])
+@pytest.mark.parametrize("fields", [["--train.batch-size=12"], ["--train.accumulate=3"]])
 def test_a_batch_that_devices_cannot_share_is_named(workspace, tmp_path, fields):
-    with pytest.raises(ValueError, match=r"batch_size \d is not a multiple of 8 devices x .*\d"):
-        workspace.train(tmp_path, *fields)
+    with pytest.raises(ValueError, match=r"batch_size \d+ is not a multiple of 8 devices x .*\d"):
+        workspace.train(tmp_path / "run", *fields)
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------- interruptions
@@ -489,12 +490,6 @@ def test_a_data_set_that_is_not_there_is_named(workspace, tmp_path):
     arguments = ["--data.source=coco", f"--data.root={tmp_path / 'none'}"]
     with pytest.raises(DataError, match=r"none/annotations/instances_train2017\.json"):
         train.main(workspace.arguments(tmp_path / "run", *arguments))
-
-
-def test_a_batch_that_the_devices_cannot_share_is_an_error(workspace, tmp_path):
-    with pytest.raises(ValueError, match=r"batch_size 12 is not a multiple of the 8 devices"):
-        train.main(workspace.arguments(tmp_path / "run", "--train.batch-size=12"))
-    assert not (tmp_path / "run").exists()
 
 
 def test_continuing_says_what_was_changed(finished, workspace):

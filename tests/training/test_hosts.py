@@ -24,7 +24,7 @@ from gfl_jax.training.loop import abstract_state
 from gfl_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 240
+LIMIT = 900
 """Seconds after which a process of these tests counts as hanging."""
 
 
