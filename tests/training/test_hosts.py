@@ -172,8 +172,8 @@ def assert_close_entries(found, expected):
     assert [(e["kind"], e["step"]) for e in found] == [(e["kind"], e["step"]) for e in expected]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.keys() == theirs.keys()
-        # Float32 sums in another order: 2e-7 was measured.
-        assert [*ours.values()][1:] == pytest.approx([*theirs.values()][1:], rel=1e-5, abs=1e-6)
+        # Float32 sums in another order: 4e-6 of losses, 2e-5 of gradient norms were measured.
+        assert [*ours.values()][1:] == pytest.approx([*theirs.values()][1:], rel=1e-4, abs=1e-6)
 
 
 def test_two_processes_train_like_one(whole, runs):
