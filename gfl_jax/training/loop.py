@@ -271,6 +271,7 @@ def fit(
                 ap = devices.agree(evaluation.metrics["AP"])
                 if ap > best_ap:
                     best_ap = ap
+                    newest.wait()  # with two saves at once processes wait for different ones
                     best.save(step, finite_copy(state), experiment, about | {"AP": ap})
                     best.wait()  # an evaluation that is logged is not done again after a kill
                 log.write("val", step, evaluation.metrics)
