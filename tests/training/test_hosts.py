@@ -186,9 +186,11 @@ def test_two_processes_train_like_one(whole, runs):
 
 def test_only_the_first_process_writes(whole):
     workdir, printed, complained = whole
-    assert "27 in all" in printed[0]
-    lines = printed[1].splitlines()
-    assert all(line.startswith("[Gloo]") for line in lines)  # the library that connects them
+    said, also_said = ({line for line in text.splitlines() if line.strip()} for text in printed)
+    # The library that connects them speaks in every process, from several threads at once.
+    ours = {line for line in said if "Gloo" not in line and "rank" not in line.lower()}
+    assert any("27 in all" in line for line in ours)
+    assert not ours & also_said
     assert "training:" in complained[0]
     assert "training:" not in complained[1]
     steps = [(e["kind"], e["step"]) for e in read_metrics(workdir)]
