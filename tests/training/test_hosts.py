@@ -213,6 +213,22 @@ def test_two_processes_evaluate_as_one_does_bit_by_bit(whole, runs):
         assert results[2] == at_best
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 4])
+def test_what_two_processes_saved_another_number_continues(whole, runs, processes):
+    workdir, *_ = whole
+    continued = runs.folder / f"continued{processes}"
+    runs.train(continued, "--train.epochs=4", processes=2)
+    assert Checkpoints(continued / "checkpoints").step == 12
+    printed, _ = runs.train(continued, processes=processes)
+    assert "continuing from step 12 of 27" in printed[0]
+    expected, found = runs.state(workdir), runs.state(continued)
+    assert int(found.step) == int(expected.step) == 27
+    for name, value in expected.variables.params.items():
+        np.testing.assert_allclose(found.variables.params[name], value, rtol=0, atol=1e-4)
+    assert_close_entries(entries_of(continued), entries_of(workdir))
+
+
 # ---------------------------------------------------------------------------- the end of a host
 
 
