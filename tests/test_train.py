@@ -29,6 +29,7 @@ from gfl_jax.models.network import Network
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.loop import NonFiniteLossError, abstract_state, check_finite
 from gfl_jax.training.metrics import read_metrics
+from gfl_jax.training.parallel import Pmap
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 6
@@ -184,6 +185,14 @@ def test_a_batch_that_devices_cannot_share_is_named(workspace, tmp_path, fields)
     with pytest.raises(ValueError, match=r"batch_size \d+ is not a multiple of 8 devices x .*\d"):
         workspace.train(tmp_path / "run", *fields)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_sees_another_checkpoint_than_the_first_does_not_go_on(
+    workspace, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Pmap, "agree", lambda self, value: 5.0)
+    with pytest.raises(ValueError, match=r"step -1 in .*checkpoints and process 0 that of step 5"):
+        workspace.train(tmp_path)
 
 
 # ---------------------------------------------------------------------------- interruptions

@@ -164,8 +164,8 @@ def fit(
         Preempted: SIGTERM came; the state is saved.
         OSError: a checkpoint could not be written; those before are intact.
         NonFiniteLossError: a loss is not finite; nothing of that step is saved.
-        ValueError: devices cannot share a batch equally, the checkpoint is of another model, or the
-            splits have different classes.
+        ValueError: devices cannot share a batch equally, processes see different checkpoints, the
+            checkpoint is of another model, or the splits have different classes.
     """
     if train_split.category_ids != val_split.category_ids:
         raise ValueError(
@@ -192,6 +192,13 @@ def fit(
 
     newest = Checkpoints(workdir / "checkpoints", keep=2, writes=True)
     best = Checkpoints(workdir / "best", writes=True)
+    found = -1 if newest.step is None else newest.step
+    if (agreed := devices.agree(found)) != found:
+        raise ValueError(
+            f"process {devices.share[0]} finds the checkpoint of step {found} in {newest.folder} "
+            f"and process 0 that of step {agreed:.0f} (-1: none): all must see the same files; "
+            "wait for the file system, then give the same command again"
+        )
     if newest.step is None:
         variables = load_pretrained(network, network.init(train.seed))
         start, state = 0, init_state(variables, optimizer, train)
