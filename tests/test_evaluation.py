@@ -13,7 +13,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from gfl_jax.config import Data
-from gfl_jax.data.coco import CocoFolder, prepare
+from gfl_jax.data.annotations import CocoFolder
+from gfl_jax.data.coco import prepare
 from gfl_jax.data.loader import batches, eval_plan
 from gfl_jax.detectors.postprocess import Detections
 from gfl_jax.evaluation import METRICS, evaluate, ground_truth, predict_all

@@ -22,7 +22,7 @@ from made import CONFIG
 import eval as evaluation_program
 import train
 from gfl_jax.config import Experiment, load_experiment
-from gfl_jax.data.coco import DataError
+from gfl_jax.data.annotations import DataError
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.evaluation import METRICS
 from gfl_jax.models.network import Network

@@ -5,7 +5,6 @@ Two sources give the same `PreparedSplit`: `prepare` for a folder of images with
 TensorFlow.
 """
 
-import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -18,314 +17,27 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from gfl_jax.data import images
-
-OnError = Literal["raise", "skip"]
+from gfl_jax.data.annotations import (
+    CocoFolder,
+    OnError,
+    Problem,
+    Report,
+    check,
+    data_error,
+    read_json,
+)
 
 # The category ids of COCO's 80 classes.
 _COCO_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 _SPLIT = "all_images"
 _SHARD_BYTES = 1 << 27
-_LISTED_PROBLEMS = 20
-_FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "categories": ("category", {"id": int, "name": str}),
-    "images": ("image", {"id": int, "file_name": str, "height": int, "width": int}),
-    "annotations": (
-        "annotation",
-        {"id": int, "image_id": int, "category_id": int, "bbox": list},
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class CocoFolder:
-    """A dataset in COCO's format.
-
-    Attributes:
-        annotations: the json file.
-        images: the folder its `file_name`s are relative to.
-    """
-
-    annotations: Path
-    images: Path
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong with a dataset.
-
-    Attributes:
-        kind: what sort of problem; problems are counted by it.
-        file: the image file, or the json where no image can be named.
-        image_id: id of the image, if one is concerned.
-        annotation_id: id of the annotation, if one is concerned.
-        detail: what was found.
-    """
-
-    kind: str
-    file: str
-    image_id: int | None
-    annotation_id: int | None
-    detail: str
-
-    def __str__(self) -> str:
-        """Returns one line that says where and what."""
-        ids = {"image": self.image_id, "annotation": self.annotation_id}
-        where = [self.file, *(f"{noun} {i}" for noun, i in ids.items() if i is not None)]
-        return f"{', '.join(where)}: {self.detail}"
-
-
-class DataError(ValueError):
-    """A dataset cannot be used as it is.
-
-    Attributes:
-        problems: everything that was found, also what the message leaves out.
-    """
-
-    def __init__(self, problems: Sequence[Problem], advice: str = ""):
-        """Lists the first problems of every kind, with counts, and says how to go on."""
-        self.problems = list(problems)
-        kinds = collections.defaultdict(list)
-        for problem in problems:
-            kinds[problem.kind].append(problem)
-        share = max(1, _LISTED_PROBLEMS // len(kinds))
-        lines = [f"{len(problems)} problem{'s' * (len(problems) > 1)} in the dataset"]
-        for kind, found in kinds.items():
-            lines += [f"{kind} ({len(found)}):", *(f"  {problem}" for problem in found[:share])]
-            lines += [f"  ... and {len(found) - share} more"] * (len(found) > share)
-        super().__init__("\n".join([*lines, advice]).rstrip())
-
-
-def _error(kind: str, file: Path | str, detail: str, advice: str = "") -> DataError:
-    return DataError([Problem(kind, str(file), None, None, detail)], advice)
-
-
-@dataclasses.dataclass
-class Report:
-    """What became of a dataset's images and annotations; nothing goes without being counted here.
-
-    Attributes:
-        annotations_file: the json file.
-        category_ids: id of each class label, ascending.
-        category_names: name of each class label.
-        images_found: number of images the json lists.
-        annotations_found: number of annotations the json lists.
-        problems: what is wrong with those left out.
-        images_kept: number of images that are used.
-        annotations_kept: number of annotations that are used: all but faulty ones and those of
-            images left out.
-        crowd: number of kept annotations that mark a crowd; no ground truth for training.
-        dropped_by_rule: number of other kept annotations that are, as in the reference, no ground
-            truth for training: flagged `ignore`, area <= 0, or less than 1 pixel wide or high.
-    """
-
-    annotations_file: str
-    category_ids: list[int]
-    category_names: list[str]
-    images_found: int
-    annotations_found: int
-    problems: list[Problem]
-    images_kept: int = 0
-    annotations_kept: int = 0
-    crowd: int = 0
-    dropped_by_rule: int = 0
-
-    def conclude(self, records: list[dict[str, Any]], on_error: OnError) -> None:
-        """Counts what is kept; raises a DataError on any problem or, to skip, if nothing is."""
-        objects = [entry for record in records for entry in record["objects"]]
-        self.images_kept = len(records)
-        self.annotations_kept = len(objects)
-        self.crowd = sum(entry["is_crowd"] for entry in objects)
-        self.dropped_by_rule = sum(entry["ignore"] and not entry["is_crowd"] for entry in objects)
-        if self.problems and on_error == "raise":
-            raise DataError(
-                self.problems,
-                f"The dataset is {self.annotations_file}. Correct it, or leave the faulty entries "
-                "out with --data.on-error=skip.",
-            )
-        if not records:
-            detail = f"none of its {self.images_found} images can be used"
-            nothing = Problem("nothing left", self.annotations_file, None, None, detail)
-            raise DataError([nothing, *self.problems])
-
-    def summary(self) -> str:
-        """Returns a small table of the counts."""
-        rows = {
-            "images": self.images_found,
-            "  left out": self.images_found - self.images_kept,
-            "annotations": self.annotations_found,
-            "  left out, or of an image left out": self.annotations_found - self.annotations_kept,
-            "  kept, not trained on: crowd": self.crowd,
-            "  kept, not trained on: by rule": self.dropped_by_rule,
-            **collections.Counter(f"problem: {problem.kind}" for problem in self.problems),
-        }
-        lines = (f"  {row:<38}{number:>9,}" for row, number in rows.items())
-        return "\n".join([self.annotations_file, *lines])
-
-
-def check(folder: CocoFolder, on_error: OnError) -> tuple[list[dict[str, Any]], Report]:
-    """Reads a COCO json and checks all of it; image files are only looked up, not read.
-
-    Args:
-        folder: what to check.
-        on_error: "raise" stops at any problem; "skip" leaves faulty entries out.
-
-    Returns:
-        One record per image, by ascending image id: the features of `CocoRecords` without the
-        image itself; and the report.
-
-    Raises:
-        DataError: with "raise", there are problems; in any case if the json cannot be read or
-            nothing is left.
-    """
-    content = _read_json(folder.annotations)
-    if not folder.images.is_dir():
-        raise _error("missing image folder", folder.images, "no such folder")
-    listed = {
-        entry["id"]: str(entry.get("file_name", folder.annotations))
-        for entry in reversed(content["images"])
-        if isinstance(entry, dict) and isinstance(entry.get("id"), int)
-    }
-    problems: list[Problem] = []
-
-    def report(kind: str, detail: str, image_id: Any, annotation_id: Any = None) -> None:
-        name = listed.get(image_id) if isinstance(image_id, int) else None
-        problems.append(
-            Problem(kind, name or str(folder.annotations), image_id, annotation_id, detail)
-        )
-
-    def by_id(key: str) -> dict[int, dict[str, Any]]:
-        """Returns the well-formed entries of a list of the json, the first of each id."""
-        noun, fields = _FIELDS[key]
-        entries: dict[int, dict[str, Any]] = {}
-        for entry in content[key]:
-            fault = _fault(entry, fields)
-            if not fault and entry["id"] not in entries:
-                entries[entry["id"]] = entry
-                continue
-            known = entry if isinstance(entry, dict) else {}
-            ids = {
-                "image": (known.get("id"), None),
-                "annotation": (known.get("image_id"), known.get("id")),
-            }.get(noun, (None, None))
-            kind = f"malformed {noun}" if fault else f"duplicate {noun} id"
-            report(kind, f"{fault or 'id is taken'}: {str(entry)[:80]}", *ids)
-        return entries
-
-    categories = dict(sorted(by_id("categories").items()))
-    labels = {category_id: label for label, category_id in enumerate(categories)}
-    records = {}
-    for image_id, image in sorted(by_id("images").items()):
-        name = image["file_name"]
-        if not (folder.images / name).is_file():
-            report("missing image file", f"no such file in {folder.images}", image_id)
-            continue
-        size = {"height": image["height"], "width": image["width"]}
-        records[image_id] = {"image/filename": name, "image/id": image_id, **size, "objects": []}
-    for annotation_id, annotation in by_id("annotations").items():
-        image_id, label = annotation["image_id"], labels.get(annotation["category_id"])
-        record = records.get(image_id)
-        faults = []
-        if image_id not in listed:
-            faults.append(("absent image", f"the json lists no image {image_id}"))
-        if label is None:
-            detail = f"the json lists no category {annotation['category_id']}"
-            faults.append(("unknown category", detail))
-        if fault := _box_fault(annotation["bbox"], record):
-            faults.append(fault)
-        for kind, detail in faults:
-            report(kind, detail, image_id, annotation_id)
-        if record and label is not None and not faults:
-            record["objects"].append(_object(annotation, record, label))
-
-    kept = list(records.values())
-    result = Report(
-        annotations_file=str(folder.annotations),
-        category_ids=list(categories),
-        category_names=[category["name"] for category in categories.values()],
-        images_found=len(content["images"]),
-        annotations_found=len(content["annotations"]),
-        problems=problems,
-    )
-    result.conclude(kept, on_error)
-    return kept, result
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Reads a COCO json without its segmentations, or raises a DataError."""
-    if not file.is_file():
-        raise _error("missing annotation file", file, "no such file")
-
-    def without_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
-        entry.pop("segmentation", None)  # most of the file, and not used
-        return entry
-
-    try:
-        content = json.loads(file.read_bytes(), object_hook=without_segmentation)
-    except (ValueError, RecursionError) as error:
-        raise _error("invalid json", file, str(error)) from error
-    for key in _FIELDS:
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise _error("missing list", file, f"a COCO json is an object with a list '{key}'")
-    return content
-
-
-def _fault(entry: Any, fields: dict[str, Any]) -> str | None:
-    """Returns what is wrong with the fields of an entry of the json, if anything is."""
-    if not isinstance(entry, dict):
-        return "no object"
-    for name, kind in fields.items():
-        value = entry.get(name)
-        if name not in entry:
-            return f"no '{name}'"
-        if not isinstance(value, kind) or isinstance(value, bool):
-            return f"'{name}' is no {kind.__name__}"
-        if kind is int and not -(2**63) <= value < 2**63:
-            return f"'{name}' exceeds 64 bits"
-        if name in ("height", "width") and not 0 < value < 2**31:
-            return f"'{name}' is no size"
-    if not _is_number(entry.get("area", 0)):
-        return "'area' is no finite number"
-    return None
-
-
-def _box_fault(box: list[Any], record: dict[str, Any] | None) -> tuple[str, str] | None:
-    """Returns (kind, detail) of what is wrong with a box (x, y, w, h) in an image, if known."""
-    if len(box) != 4 or not all(map(_is_number, box)):
-        return "bad box", f"box {box} is not four finite numbers"
-    x, y, w, h = box
-    if w <= 0 or h <= 0:
-        return "empty box", f"box {box} has no positive width and height"
-    if record and not (-w < x < record["width"] and -h < y < record["height"]):
-        size = f"{record['width']} x {record['height']}"
-        return "box outside image", f"box {box} lies outside the image, {size}"
-    return None
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is a finite number, and one that float32 can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
-
-
-def _object(annotation: dict[str, Any], record: dict[str, Any], label: int) -> dict[str, Any]:
-    """Returns the features of an annotation that has no fault."""
-    x, y, w, h = annotation["bbox"]
-    size = [record["height"], record["width"]] * 2
-    area = annotation.get("area", w * h)
-    return {
-        "id": annotation["id"],
-        "area": area,
-        "bbox": np.divide([y, x, y + h, x + w], size).astype(np.float32),
-        "label": label,
-        "is_crowd": bool(annotation.get("iscrowd")),
-        "ignore": bool(annotation.get("ignore")) or area <= 0 or w < 1 or h < 1,
-    }
 
 
 class CocoRecords(tfds.core.ShardBasedBuilder):
@@ -624,10 +336,12 @@ def open_tfds(
     try:
         info, records = _open_records(directory, split)
     except (NotImplementedError, ValueError) as error:
-        advice = "tfds convert_format --out_file_format=array_record --dataset_version_dir="
-        raise _error("unreadable dataset", directory, str(error), f"{advice}{directory}") from error
+        advice = (
+            f"tfds convert_format --out_file_format=array_record --dataset_version_dir={directory}"
+        )
+        raise data_error("unreadable dataset", directory, str(error), advice) from error
     if annotations and not annotations.is_file():
-        raise _error("missing annotation file", annotations, "no such file")
+        raise data_error("missing annotation file", annotations, "no such file")
     original = annotations.read_bytes() if annotations else b""
     key = hashlib.sha256((directory / "dataset_info.json").read_bytes() + original)
     key.update(f"{directory} {split}".encode())
@@ -645,7 +359,7 @@ def _tfds_directory(name: str, data_dir: Path) -> Path:
     versions = [tfds.core.Version(file.parent.name) for file in found]
     if not versions:
         advice = f"tfds build {name} --file_format=array_record --data_dir={data_dir}"
-        raise _error(
+        raise data_error(
             "missing dataset", data_dir / name, f"no version {version or 'at all'}", advice
         )
     return data_dir / name / str(max(versions))
@@ -659,17 +373,17 @@ def _tfds_table(
     stated: dict[int, tuple[int, int]] = {}
     category_ids = _COCO_IDS
     if annotations:
-        content = _read_json(annotations)
+        content = read_json(annotations)
         stated = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
         category_ids = sorted(category["id"] for category in content["categories"])
     if len(category_ids) != label.num_classes:
         detail = f"{label.num_classes} classes, where the annotations have {len(category_ids)}"
-        raise _error("other classes", annotations or info.full_name, detail)
+        raise data_error("other classes", annotations or info.full_name, detail)
     sizes, num_boxes, image_ids = [], [], []
     for example in tqdm(records, desc=f"reading {info.full_name}", unit=" images"):
         image_id, file = int(example["image/id"]), example["image/filename"].decode()
         if annotations and image_id not in stated:
-            raise _error("absent image", annotations, f"it lists no image {image_id} ({file})")
+            raise data_error("absent image", annotations, f"it lists no image {image_id} ({file})")
         size = stated.get(image_id) or images.image_size(example["image"], file)
         boxes = _boxes(example["objects"], *size)
         sizes.append(size)

@@ -15,6 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from gfl_jax.data import coco, images
+from gfl_jax.data.annotations import CocoFolder, DataError, check
 
 BOX = [4.5, 5.25, 10.5, 8.0]
 
@@ -47,7 +48,7 @@ def make(root, annotations=None, images=None, categories=None, **content):
         **content,
     }
     (root / "a.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-    return coco.CocoFolder(root / "a.json", root / "images")
+    return CocoFolder(root / "a.json", root / "images")
 
 
 def report_of(split):
@@ -125,8 +126,8 @@ BAD_ANNOTATIONS = {
 def test_a_bad_annotation_is_named_or_left_out(tmp_path, kind, bad):
     good = annotation(id=1, image_id=20)
     folder = make(tmp_path, [good, bad | {"id": 77}])
-    with pytest.raises(coco.DataError) as error:
-        coco.check(folder, "raise")
+    with pytest.raises(DataError) as error:
+        check(folder, "raise")
     (problem,) = error.value.problems
     assert (problem.kind, problem.annotation_id) == (kind, 77)
     assert (problem.image_id, problem.file) == (
@@ -134,7 +135,7 @@ def test_a_bad_annotation_is_named_or_left_out(tmp_path, kind, bad):
     )
     assert "annotation 77" in str(error.value)
     assert "--data.on-error=skip" in str(error.value)
-    records, report = coco.check(folder, "skip")
+    records, report = check(folder, "skip")
     assert [len(record["objects"]) for record in records] == [0, 1, 0, 0]
     assert (report.annotations_found, report.annotations_kept) == (2, 1)
     assert report.problems == [problem]
@@ -165,7 +166,7 @@ def test_a_bad_image_is_named_or_left_out(tmp_path, kind, bad):
     whole = (folder.images / "1.jpg").read_bytes()
     (folder.images / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     (folder.images / "text.jpg").write_text("no image")
-    with pytest.raises(coco.DataError) as error:
+    with pytest.raises(DataError) as error:
         coco.prepare(folder, tmp_path / "cache")
     (problem,) = error.value.problems
     assert (problem.kind, problem.image_id, problem.file) == (kind, bad["id"], bad["file_name"])
@@ -195,9 +196,9 @@ def test_a_bad_image_is_named_or_left_out(tmp_path, kind, bad):
 )
 def test_of_duplicates_the_first_stays(tmp_path, kind, content):
     folder = make(tmp_path, **content)
-    with pytest.raises(coco.DataError, match=kind):
-        coco.check(folder, "raise")
-    records, report = coco.check(folder, "skip")
+    with pytest.raises(DataError, match=kind):
+        check(folder, "raise")
+    records, report = check(folder, "skip")
     assert [problem.kind for problem in report.problems] == [kind]
     assert report.category_names[0] == "cat"
     assert records[0]["objects"][0]["area"] == BOX[2] * BOX[3]
@@ -221,22 +222,22 @@ def test_an_unreadable_json_always_raises(tmp_path, kind, text, on_error):
     folder.annotations.unlink()
     if text is not None:
         folder.annotations.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(coco.DataError, match=kind) as error:
+    with pytest.raises(DataError, match=kind) as error:
         coco.prepare(folder, tmp_path / "cache", on_error)
     assert str(folder.annotations) in str(error.value)
 
 
 def test_a_missing_image_folder_is_named(tmp_path):
-    folder = coco.CocoFolder(make(tmp_path).annotations, tmp_path / "nowhere")
-    with pytest.raises(coco.DataError, match=r"missing image folder[^$]*nowhere"):
+    folder = CocoFolder(make(tmp_path).annotations, tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"missing image folder[^$]*nowhere"):
         coco.prepare(folder, tmp_path / "cache")
 
 
 def test_all_kinds_of_problems_are_listed_at_once(tmp_path):
     annotations = [annotation(id=i, category_id=50) for i in range(100, 200)]
     annotations += [annotation(id=300, bbox=[NAN] * 4, area=1), annotation(id=301, image_id=5)]
-    with pytest.raises(coco.DataError) as error:
-        coco.check(make(tmp_path, annotations), "raise")
+    with pytest.raises(DataError) as error:
+        check(make(tmp_path, annotations), "raise")
     text = str(error.value)
     assert text.startswith("102 problems")
     assert len(error.value.problems) == 102
@@ -306,6 +307,7 @@ def test_a_killed_preparation_does_not_count(tmp_path):
     script = f"""
         import pathlib, time
         from gfl_jax.data import coco, images
+        from gfl_jax.data.annotations import CocoFolder
         decode = images.decode
         def slow(data, size, name):
             if name == "3.jpg":
@@ -313,7 +315,7 @@ def test_a_killed_preparation_does_not_count(tmp_path):
                 time.sleep(60)
             return decode(data, size, name)
         images.decode = slow
-        folder = coco.CocoFolder(*map(pathlib.Path, {paths!r}))
+        folder = CocoFolder(*map(pathlib.Path, {paths!r}))
         coco.prepare(folder, {str(tmp_path / "cache")!r})
     """
     process = subprocess.Popen(
@@ -418,9 +420,9 @@ def test_a_dataset_of_tfds_reads_the_same(tmp_path, monkeypatch, given):
     again = coco.open_tfds(*arguments, annotations)
     np.testing.assert_array_equal(again.num_boxes, split.num_boxes)
     assert len(coco.open_tfds("coco/2017:1.1.0", *arguments[1:], annotations).source) == 4
-    with pytest.raises(coco.DataError, match="tfds build coco/2014 --file_format=array_record"):
+    with pytest.raises(DataError, match="tfds build coco/2014 --file_format=array_record"):
         coco.open_tfds("coco/2014", *arguments[1:])
-    with pytest.raises(coco.DataError, match="Unknown split 'test'"):
+    with pytest.raises(DataError, match="Unknown split 'test'"):
         coco.open_tfds("coco/2017", "test", *arguments[2:])
 
 
@@ -429,7 +431,7 @@ def test_a_json_of_another_dataset_is_refused(tmp_path, monkeypatch):
     arguments = ("coco/2017", "train", tmp_path / "tfds", tmp_path / "cache")
     folder = make(tmp_path, images=[entry(1)])
     Coco(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
-    with pytest.raises(coco.DataError, match="lists no image"):
+    with pytest.raises(DataError, match="lists no image"):
         coco.open_tfds(*arguments, folder.annotations)
-    with pytest.raises(coco.DataError, match="2 classes, where the annotations have 80"):
+    with pytest.raises(DataError, match="2 classes, where the annotations have 80"):
         coco.open_tfds(*arguments)

@@ -12,6 +12,7 @@ import pytest
 
 from gfl_jax.config import Data
 from gfl_jax.data import coco
+from gfl_jax.data.annotations import CocoFolder
 from gfl_jax.data.loader import (
     ImageCache,
     batches,
@@ -71,7 +72,7 @@ def split(tmp_path_factory):
         "categories": [{"id": 10, "name": "red"}, {"id": 11, "name": "green"}],
     }
     (root / "annotations.json").write_text(json.dumps(content))
-    return coco.prepare(coco.CocoFolder(root / "annotations.json", root / "images"), root / "cache")
+    return coco.prepare(CocoFolder(root / "annotations.json", root / "images"), root / "cache")
 
 
 @pytest.fixture(scope="module")
