@@ -7,9 +7,8 @@
 Compiles the train step of train.py and the predictions of eval.py, whole, with the compiler that
 runs on the machines themselves (`pip install -e ".[tpu-preflight]"`), and reads the result: the
 memory of a chip, what is sent between chips, and an estimate of the time of a step and of what it
-is spent on. Nothing is computed and no data is opened. A step of full size takes long to compile:
-gfl_r50's 30 minutes beside other work, 9 of them its own. Several batches make a table that says
-which one is best.
+is spent on. Nothing is computed and no data is opened. A step of full size takes long to compile,
+gfl_r50's 6 to 10 minutes on one core. Several batches make a table that says which one is best.
 """
 
 import contextlib
