@@ -235,6 +235,8 @@ class Sides(NamedTuple):
 
     ideal_spread, ideal_excess: of the distribution with the least DFL from the same prior, the mean
     of its targets over all labels that the side could have had. (Of a Gaussian: the ambiguity.)
+
+    error: distance of the predicted side from its label.
     """
 
     ambiguity: np.ndarray
@@ -242,6 +244,7 @@ class Sides(NamedTuple):
     excess: np.ndarray
     ideal_spread: np.ndarray
     ideal_excess: np.ndarray
+    error: np.ndarray
 
 
 def sides_of(run: Run, iou: float = 0.6) -> Sides:
@@ -273,21 +276,26 @@ def sides_of(run: Run, iou: float = 0.6) -> Sides:
                     box, *(x / found.strides[best] for x in (distance, objects.ambiguity[i]))
                 )
             ]
-            parts.append((objects.ambiguity[i], spread, excess, *ideal))
+            error = np.abs(found.boxes[best] - objects.boxes[i])
+            parts.append((objects.ambiguity[i], spread, excess, *ideal, error))
     if not parts:
         raise ValueError(f"no object is overlapped by {iou}: train longer, or on more data")
     return Sides(*(np.stack(column) for column in zip(*parts, strict=True)))
 
 
-def larger_opposite(ambiguity: np.ndarray, values: np.ndarray) -> float:
-    """How often, of a blurred and a sharp side opposite to each other, the blurred has more.
+def opposites(ambiguity: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each blurred side opposite to a sharp one: its ambiguity, and whether its value is larger.
 
     Both are of the same object, so of the same size and level: nothing but the blur differs.
+
+    Args:
+        ambiguity: [n, 4], of the sides (left, top, right, bottom) of n objects.
+        values: likewise; what is compared.
     """
     first, second = (x.reshape(-1, 2, 2) for x in (ambiguity, values))  # objects, ends, axes
     one = (first > 0).sum(1) == 1
     difference = np.where(first[:, 0] > 0, 1, -1) * (second[:, 0] - second[:, 1])
-    return float((difference[one] > 0).mean()) if one.any() else float("nan")
+    return first.max(1)[one], difference[one] > 0
 
 
 def _excess(box: GeneralDistribution | Gaussian, raw: Any) -> np.ndarray:
@@ -328,35 +336,62 @@ def ambiguity(run: tyro.conf.Positional[Path], out: Path = Path("ambiguity.png")
     by_object = sides_of(opened)
     sides = Sides(*(column.reshape(-1) for column in by_object))
     blurred = sides.ambiguity > 0
+    if not blurred.any() or blurred.all():
+        kind = "sharp" if blurred.all() else "blurred"
+        raise ValueError(f"no {kind} side among the {len(by_object.error)} objects that were found")
     numbers: dict[str, float] = {"sides": len(blurred), "blurred sides": int(blurred.sum())}
+    larger: dict[str, np.ndarray] = {}
     for name in ("spread", "excess", "ideal_spread", "ideal_excess"):
         values = getattr(sides, name)
+        paired, larger[name] = opposites(by_object.ambiguity, getattr(by_object, name))
         numbers |= {
             f"{name}: rank correlation, all sides": rank_correlation(sides.ambiguity, values),
             f"{name}: rank correlation, blurred sides": rank_correlation(
                 sides.ambiguity[blurred], values[blurred]
             ),
-            f"{name}: the blurred one of two opposite sides has more": larger_opposite(
-                by_object.ambiguity, getattr(by_object, name)
+            f"{name}: the blurred one of two opposite sides has more": float(
+                larger[name].mean() if len(paired) else np.nan
             ),
             f"{name}: median of sharp sides, px": float(np.median(values[~blurred])),
             f"{name}: median of blurred sides, px": float(np.median(values[blurred])),
         }
-    edges = np.quantile(sides.ambiguity[blurred], [0, 0.25, 0.5, 0.75, 1])
+    numbers["pairs of a blurred and a sharp side"] = len(paired)
+    for name, chosen in (("sharp", ~blurred), ("blurred", blurred)):
+        numbers |= {
+            f"spread: rank correlation with the error, {name} sides": rank_correlation(
+                sides.spread[chosen], sides.error[chosen]
+            ),
+            f"error: median of {name} sides, px": float(np.median(sides.error[chosen])),
+        }
+
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for ax, values, what in (
-        (panels[0], sides.spread, "standard deviation"),
-        (panels[1], sides.excess, "standard deviation beyond two neighbouring bins"),
-    ):
-        groups = [values[~blurred]] + [
-            values[blurred & (sides.ambiguity >= low) & (sides.ambiguity <= high)]
-            for low, high in itertools.pairwise(edges)
-        ]
-        names = ["sharp"] + [f"{a:.1f} to {b:.1f}" for a, b in itertools.pairwise(edges)]
-        labels = [f"{name}\n({len(group)})" for name, group in zip(names, groups, strict=True)]
-        ax.boxplot(groups, tick_labels=labels, showfliers=False)
-        ax.set(xlabel="true ambiguity of the side, px (sides)", ylabel=f"predicted {what}, px")
-        ax.set_title(f"rank correlation {rank_correlation(sides.ambiguity, values):.3f}")
+    edges = np.quantile(sides.ambiguity[blurred], [0, 0.25, 0.5, 0.75, 1])
+    quarter = np.digitize(sides.ambiguity, edges[1:-1])
+    groups = [~blurred, *(blurred & (quarter == i) for i in range(4))]
+    names = ["sharp"] + [f"{a:.1f} to {b:.1f}" for a, b in itertools.pairwise(edges)]
+    labels = [f"{name}\n({group.sum()})" for name, group in zip(names, groups, strict=True)]
+    panels[0].boxplot(
+        [sides.spread[group] for group in groups], tick_labels=labels, showfliers=False
+    )
+    ideal = [np.median(sides.ideal_spread[group]) for group in groups]
+    panels[0].plot(range(1, 6), ideal, "x", label="median of the best possible")
+    panels[0].set(ylabel="predicted standard deviation, px")
+    panels[0].set_title(f"rank correlation {rank_correlation(sides.ambiguity, sides.spread):.3f}")
+    panels[0].legend()
+    quarter = np.digitize(paired, edges[1:-1])
+    for name, style in (("spread", "o-"), ("excess", "s--"), ("ideal_spread", "x:")):
+        share = [larger[name][quarter == i].mean() for i in range(4) if (quarter == i).any()]
+        panels[1].plot(share, style, label=name.replace("_", " "))
+    labels = [
+        f"{name}\n({(quarter == i).sum()})" for i, name in enumerate(names[1:]) if i in quarter
+    ]
+    panels[1].set_xticks(range(len(labels)), labels)
+    panels[1].axhline(0.5, color="grey", lw=1)
+    panels[1].set(ylim=(0, 1.05), ylabel="share in which the blurred side has more")
+    panels[1].set_title("a blurred and a sharp side, opposite to each other")
+    panels[1].legend()
+    for ax, of in zip(panels, ("sides", "pairs"), strict=True):
+        ax.set(xlabel=f"true ambiguity of the side, px ({of})")
         ax.grid(alpha=0.3)
     figure.savefig(out, dpi=100)
     plt.close(figure)

@@ -11,7 +11,7 @@ from gfl_jax import analysis, tables
 from gfl_jax.analysis import (
     Predictions,
     Truth,
-    larger_opposite,
+    opposites,
     overlaps,
     rank_correlation,
     sides_of,
@@ -72,7 +72,7 @@ def test_spread_and_excess_are_those_of_the_best_candidate_of_each_object(monkey
     sharp = np.stack([two_bins(m) for m in (3.25, 4.5, 5.0, 2.75)])
     wide = np.stack([two_bins(m, 0.4) for m in (3.25, 4.5, 5.0, 2.75)])
     target = np.array([10.0, 20.0, 50.0, 70.0])
-    boxes = np.array([[10, 20, 50, 70], [11, 20, 50, 70], [100, 100, 120, 120]], float)
+    boxes = np.array([[10.5, 20, 50, 69], [11, 20, 50, 70], [100, 100, 120, 120]], float)
     found = Predictions(
         boxes,
         np.array([0.9, 0.8, 0.7]),
@@ -108,6 +108,7 @@ def test_spread_and_excess_are_those_of_the_best_candidate_of_each_object(monkey
     np.testing.assert_allclose(sides.ideal_spread[0], drawn, rtol=0.02)
     assert (sides.ideal_excess[0, :2] == 0).all()  # a pixel within a bin of 16 cannot be seen
     assert (sides.ideal_excess[0, 2:] > 0).all()
+    np.testing.assert_array_equal(sides.error, [[0.5, 0, 0, 1]])
 
 
 def test_what_dfl_makes_of_a_clear_side_has_no_excess(monkeypatch):
@@ -147,8 +148,11 @@ def test_opposite_sides_are_compared_where_one_of_them_is_blurred():
     ambiguity = np.array([[2, 0, 0, 0], [0, 0, 3, 0], [1, 0, 2, 0], [0, 1, 0, 0]], float)
     spread = np.array([[5, 9, 4, 1], [5, 0, 6, 7], [0, 0, 9, 9], [0, 3, 0, 4]], float)
     # left > right, right > left, (both blurred), top < bottom
-    assert larger_opposite(ambiguity, spread) == pytest.approx(2 / 3)
-    assert np.isnan(larger_opposite(np.zeros((2, 4)), spread[:2]))
+    of, larger = opposites(ambiguity, spread)
+    np.testing.assert_array_equal(of, [2, 3, 1])
+    np.testing.assert_array_equal(larger, [True, True, False])
+    of, larger = opposites(np.zeros((2, 4)), spread[:2])
+    assert of.size == larger.size == 0
 
 
 def test_boxes_without_a_spread_and_data_without_ambiguity_are_named(monkeypatch):
@@ -210,6 +214,8 @@ def test_a_run_is_drawn_with_its_numbers(tmp_path, linear_network, monkeypatch, 
     assert numbers["sides"] == 4 * np.sum(~np.concatenate(hidden))
     assert np.concatenate(hidden).any(), "what hides a side makes it unclear by an unknown amount"
     assert 0 < numbers["blurred sides"] < numbers["sides"]
+    assert 0 < numbers["pairs of a blurred and a sharp side"] <= numbers["blurred sides"]
+    assert numbers["error: median of blurred sides, px"] == 0, "they were found as they are"
     for name in ("a.png", "a-examples.png"):
         picture = cv2.imread(str(tmp_path / name))
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
