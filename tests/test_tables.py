@@ -122,6 +122,7 @@ def test_an_interrupted_row_continues(run, folder, monkeypatch, capsys):
     assert run(out="interrupted", rows="two", seeds=1) == []
 
 
+@pytest.mark.slow
 def test_speed_is_the_median_of_runs_in_turn_on_equal_batches(
     run, folder, linear_network, monkeypatch
 ):

@@ -322,14 +322,6 @@ def test_check_finite_names_the_batch_where_only_a_gradient_is_at_fault():
         check_finite(0, {"grad_norm": np.float32(np.inf)}, shares, np.array([5, 6]))
 
 
-def written(folder):
-    """The checkpoints of a run that was stopped: one may still be written in the background."""
-    deadline = time.monotonic() + 30
-    while any("tmp" in p.name for p in folder.iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return Checkpoints(folder)
-
-
 def test_an_absurd_learning_rate_stops_with_the_reason(workspace, linear_network, monkeypatch):
     class Cubic(linear_network):
         """Explodes as a deep network does."""
@@ -345,7 +337,7 @@ def test_an_absurd_learning_rate_stops_with_the_reason(workspace, linear_network
         workspace.train(workdir, *absurd, "--train.checkpoint-every=1", "--train.ema-decay=0")
     failed = int(re.search(r"step (\d+)", str(error.value)).group(1))
     assert 0 < failed < 27
-    checkpoints = written(workdir / "checkpoints")
+    checkpoints = Checkpoints(workdir / "checkpoints")
     assert checkpoints.step == failed
     network = linear_network(None, Detector().predicts(CLASSES))
     experiment, _ = checkpoints.about()
@@ -378,8 +370,8 @@ def test_nothing_of_a_step_that_is_not_finite_is_kept(
     every = f"--train.checkpoint-every={checkpoint_every}"
     with pytest.raises(NonFiniteLossError, match="step 2: "):
         workspace.train(workdir, every, "--train.eval-every=1")
-    assert written(workdir / "checkpoints").step == kept
-    assert written(workdir / "best").step is None
+    assert Checkpoints(workdir / "checkpoints").step == kept
+    assert Checkpoints(workdir / "best").step is None
     assert not steps_of(workdir, "val")
 
 

@@ -158,3 +158,12 @@ class Checkpoints:
         """Waits, and ends the use of the folder."""
         self.wait()
         self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        """For `with`: what is being written when it ends is written to its end."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes; of an error that is under way and one of the closing, the first is raised."""
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            self.close()

@@ -1,5 +1,6 @@
 """The loop: steps, checkpoints and evaluations, from wherever the work directory left off."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -250,7 +251,7 @@ def fit(
         numbers.settle()  # nothing is saved that has not been found finite
         newest.save(step, finite_copy(state), experiment, about)
 
-    with stop_requests() as stop:
+    with stop_requests() as stop, newest, best, contextlib.closing(log), progress:
 
         def stop_if_told(step: int, state: TrainState) -> None:
             if not stop():
@@ -293,10 +294,6 @@ def fit(
             progress.update()
             if (step + 1) % checkpoint_every == 0 or step + 1 == total:
                 save(step + 1, state)
-    progress.close()
-    log.close()
-    newest.close()
-    best.close()
 
 
 class _Numbers:

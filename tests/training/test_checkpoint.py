@@ -238,3 +238,11 @@ def test_a_field_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match="Train has no field learning_rate"):
         changed = {"kind": "Train", "learning_rate": 0.1}
         from_dict(Experiment, {"kind": "Experiment", "train": changed})
+
+
+def test_an_error_does_not_leave_a_save_half_done(tmp_path):
+    with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, {"x": np.zeros(1 << 23)}, Experiment(), {})
+        raise ZeroDivisionError
+    assert [child.name for child in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    assert Checkpoints.find(tmp_path).step == 1

@@ -199,6 +199,7 @@ def test_only_the_first_process_writes(whole):
     assert (workdir / "detections.png").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one_does_bit_by_bit(whole, runs):
     workdir, *_ = whole
     results = {}
@@ -241,7 +242,8 @@ def wait_for_step(workdir, step):
     raise TimeoutError(f"{workdir} never came to step {step}")
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_the_death_of_a_process_stops_the_other_in_time(runs, victim):
     workdir = runs.folder / f"orphan{victim}"
     started = runs.start_training(workdir, "--train.epochs=400")
@@ -254,7 +256,8 @@ def test_the_death_of_a_process_stops_the_other_in_time(runs, victim):
     assert Checkpoints(workdir / "checkpoints").step >= 2
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_told_to_stop_saves_and_continues_to_the_same_bits(runs, whole, processes):
     """Of two processes only one is told."""
     workdir = runs.folder / f"told{processes}"
