@@ -258,6 +258,7 @@ def test_a_run_killed_in_its_last_evaluation_ends_as_it_would_have(finished, wor
     assert Checkpoints(workdir / "best").step == 27
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_is_named_and_the_one_before_is_intact(finished, workspace):
     """A limit on the size of files stands for a full disk."""
     whole, _, _ = finished

@@ -24,11 +24,12 @@ def pytest_generate_tests(metafunc):
         if fixture in metafunc.fixturenames:
             found = [file for file in files if entry in read_meta(file)]
             ids = [file.stem for file in found]
-            # Backward passes of whole networks take a minute; one detector's do by default.
-            slow = metafunc.function.__name__ in ("test_gradients", "test_trajectory")
+            # Backward passes of whole networks take a minute: by default one detector's gradients only.
+            name = metafunc.function.__name__
             found = [
                 pytest.param(file, marks=pytest.mark.slow)
-                if slow and read_meta(file)["model"]["type"] != "GFL"
+                if name == "test_trajectory"
+                or (name == "test_gradients" and read_meta(file)["model"]["type"] != "GFL")
                 else file
                 for file in found
             ]

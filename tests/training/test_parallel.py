@@ -159,7 +159,7 @@ SLOW = pytest.mark.slow
     "name",
     [
         name
-        if variant.processes > 1 and variant.norm == "frozen_bn"
+        if variant.processes > 1 and variant.norm == "frozen_bn" and variant.mapping == "pmap"
         else pytest.param(name, marks=SLOW)
         for name, variant in VARIANTS.items()
     ],
