@@ -24,7 +24,7 @@ def pytest_generate_tests(metafunc):
         if fixture in metafunc.fixturenames:
             found = [file for file in files if entry in read_meta(file)]
             ids = [file.stem for file in found]
-            # Backward passes of whole networks take a minute: by default one detector's gradients only.
+            # Backward passes of whole networks take long: by default one detector's gradients.
             name = metafunc.function.__name__
             found = [
                 pytest.param(file, marks=pytest.mark.slow)
