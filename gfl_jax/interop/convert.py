@@ -254,9 +254,8 @@ def import_checkpoint(
         network = Network(model, experiment.detector.predicts(count))
         variables = load_pretrained(network, network.init(experiment.train.seed))
     state = init_state(variables, sgd(experiment.train, lambda step: 0.0), experiment.train)
-    checkpoints = Checkpoints(folder / "checkpoints")
-    checkpoints.save(0, jax.tree.map(np.asarray, state), experiment, about)
-    checkpoints.close()
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(0, jax.tree.map(np.asarray, state), experiment, about)
     return experiment, len(arrays)
 
 
