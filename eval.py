@@ -10,18 +10,17 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    from gfl_jax.host import plain_errors, use_huge_pages
+    from gfl_jax.cli import plain_errors, use_huge_pages
 
     use_huge_pages()
 
 from gfl_jax.config import EvalCommand, parse_fields
 from gfl_jax.data.loader import open_split
+from gfl_jax.distributed import is_first, join, parallel
 from gfl_jax.models.network import Network
-from gfl_jax.report import contact_sheet
 from gfl_jax.training.checkpoint import Checkpoints
-from gfl_jax.training.hosts import is_first, join
 from gfl_jax.training.loop import Evaluator, abstract_state
-from gfl_jax.training.parallel import parallel
+from gfl_jax.visualize import contact_sheet
 
 
 def main(arguments: list[str]) -> None:

@@ -9,17 +9,16 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":
-    from gfl_jax.host import plain_errors, use_huge_pages
+    from gfl_jax.cli import plain_errors, use_huge_pages
 
     use_huge_pages()
 
 from gfl_jax.config import TrainCommand, load_experiment, parse_fields
 from gfl_jax.data.loader import open_split
+from gfl_jax.distributed import is_first, join, parallel
 from gfl_jax.models.network import Network
-from gfl_jax.report import finish
-from gfl_jax.training.hosts import is_first, join
 from gfl_jax.training.loop import fit
-from gfl_jax.training.parallel import parallel
+from gfl_jax.visualize import finish
 
 DEFAULT = Path(__file__).parent / "configs" / "gfl_r18_fpn_shapes.py"
 

@@ -10,9 +10,9 @@ import tyro
 
 from gfl_jax.data.loader import Data
 from gfl_jax.detectors.dense import Detector
+from gfl_jax.distributed import Hosts
 from gfl_jax.models.network import Model
 from gfl_jax.models.ssd import SSDModel
-from gfl_jax.training.hosts import Hosts
 from gfl_jax.training.step import Train
 
 

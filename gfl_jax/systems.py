@@ -12,7 +12,7 @@ from gfl_jax.config import Data, Experiment, Train
 from gfl_jax.detectors.box import Deltas, Distances, LogDistances, Overlap, SmoothL1
 from gfl_jax.detectors.classification import Focal, SoftmaxMining
 from gfl_jax.detectors.dense import Detector
-from gfl_jax.detectors.postprocess import Inference
+from gfl_jax.detectors.inference import Inference
 from gfl_jax.detectors.quality import NoQuality, QualityBranch
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head

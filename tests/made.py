@@ -9,9 +9,9 @@ CONFIG = '''
 """Tiny."""
 
 from gfl_jax.config import Data, Experiment, Train
-from gfl_jax.data.shapes import Shapes
+from gfl_jax.data.shapes.shapes import Shapes
 from gfl_jax.detectors.dense import Detector
-from gfl_jax.detectors.postprocess import Inference
+from gfl_jax.detectors.inference import Inference
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model

@@ -21,15 +21,15 @@ from made import CONFIG
 
 import eval as evaluation_program
 import train
+from gfl_jax.coco_eval import METRICS
 from gfl_jax.config import Experiment, load_experiment
-from gfl_jax.data.annotations import DataError
+from gfl_jax.data.coco_format import DataError
 from gfl_jax.detectors.dense import Detector
-from gfl_jax.evaluation import METRICS
+from gfl_jax.distributed import Pmap
 from gfl_jax.models.network import Network
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.loop import NonFiniteLossError, abstract_state, check_finite
 from gfl_jax.training.metrics import read_metrics
-from gfl_jax.training.parallel import Pmap
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 6

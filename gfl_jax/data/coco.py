@@ -24,7 +24,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from gfl_jax.data import images
-from gfl_jax.data.annotations import (
+from gfl_jax.data.coco_format import (
     CocoFolder,
     OnError,
     Problem,

@@ -13,12 +13,12 @@ import numpy as np
 from absl import flags
 
 from gfl_jax.data import images
-from gfl_jax.data.annotations import CocoFolder
-from gfl_jax.data.augment import ssd_augment
 from gfl_jax.data.batch import Batch
 from gfl_jax.data.coco import PreparedSplit, open_tfds, prepare
+from gfl_jax.data.coco_format import CocoFolder
 from gfl_jax.data.plan import BatchPlan, canvases_of
-from gfl_jax.data.shapes import Shapes, make_shapes
+from gfl_jax.data.shapes.shapes import Shapes, make_shapes
+from gfl_jax.data.ssd_augment import ssd_augment
 
 MIN_SIDE = 32
 """Smaller images are not trained on, as in the reference."""

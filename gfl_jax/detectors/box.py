@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from gfl_jax import losses
 from gfl_jax.boxes import boxes_to_distances, distances_to_boxes
-from gfl_jax.detectors.own import own_function
+from gfl_jax.detectors.custom import custom_function
 from gfl_jax.priors import Priors
 
 
@@ -270,7 +270,7 @@ class SmoothL1:
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnBoxLoss:
+class CustomBoxLoss:
     """A loss of your own: `function(predicted, target)`, boxes [..., 4] in strides to losses [...].
 
     function: 'path/to/file.py:name' or 'package.module:name'. Negatives come too, with finite
@@ -280,10 +280,10 @@ class OwnBoxLoss:
     function: str = ""
 
     def __post_init__(self):
-        own_function(self.function, "detector.box_loss.function")
+        custom_function(self.function, "detector.box_loss.function")
 
     def __call__(self, predicted: Regression, target: Regression) -> Float[Array, " *priors"]:
-        function = own_function(self.function, "detector.box_loss.function")
+        function = custom_function(self.function, "detector.box_loss.function")
         loss = jnp.asarray(function(predicted.boxes, target.boxes), jnp.float32)
         if loss.shape != predicted.boxes.shape[:-1]:
             raise ValueError(
@@ -293,7 +293,7 @@ class OwnBoxLoss:
         return loss
 
 
-BoxLoss = Overlap | SmoothL1 | OwnBoxLoss
+BoxLoss = Overlap | SmoothL1 | CustomBoxLoss
 
 
 def _exp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from gfl_jax import losses
-from gfl_jax.detectors.own import own_function
+from gfl_jax.detectors.custom import custom_function
 from gfl_jax.models.heads import PRIOR_BIAS
 
 
@@ -129,7 +129,7 @@ class SoftmaxMining:
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnClassification(_Sigmoid):
+class CustomClassification(_Sigmoid):
     """A loss of your own: `function(logits, targets)`, [..., classes] each, to losses alike.
 
     function: 'path/to/file.py:name' or 'package.module:name'.  Targets are in [0, 1]: with joint
@@ -142,7 +142,7 @@ class OwnClassification(_Sigmoid):
         self._function()
 
     def _function(self) -> Callable:
-        return own_function(self.function, "detector.classification.function")
+        return custom_function(self.function, "detector.classification.function")
 
     def __call__(
         self, logits: Float[Array, "*b classes"], targets: Float[Array, "*b classes"]
@@ -156,4 +156,4 @@ class OwnClassification(_Sigmoid):
         return loss
 
 
-Classification = QualityFocal | Focal | Varifocal | SoftmaxMining | OwnClassification
+Classification = QualityFocal | Focal | Varifocal | SoftmaxMining | CustomClassification

@@ -28,7 +28,7 @@ from gfl_jax.detectors.box import (
     frame_of,
 )
 from gfl_jax.detectors.classification import Classification, QualityFocal
-from gfl_jax.detectors.postprocess import Detections, Inference, nms, top_pairs
+from gfl_jax.detectors.inference import Detections, Inference, nms, top_pairs
 from gfl_jax.detectors.quality import (
     GuidedQuality,
     JointQuality,

@@ -22,10 +22,10 @@ import numpy as np
 import tyro
 
 from gfl_jax import systems
+from gfl_jax.cli import plain_errors
 from gfl_jax.config import Experiment, from_dict, load_experiment, to_dict
 from gfl_jax.detectors.box import GeneralDistribution
 from gfl_jax.detectors.dense import Detector
-from gfl_jax.host import plain_errors
 from gfl_jax.interop.names import load_state_dict, to_torch, torch_name
 from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.interop.torch_files import read_torch_file

@@ -19,16 +19,16 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from gfl_jax.cli import plain_errors
 from gfl_jax.config import Experiment, to_dict
 from gfl_jax.data import images as pixels
-from gfl_jax.detectors.postprocess import Inference
-from gfl_jax.host import plain_errors
+from gfl_jax.detectors.inference import Inference
 from gfl_jax.interop import mmdet_stages
 from gfl_jax.interop.convert import read_detector, state_dict
 from gfl_jax.interop.stages import Stages, make_batch, stages
 from gfl_jax.models.network import Network
 
-PLAIN = Path(__file__).parents[2] / "tests" / "torch_gfl.py"
+PLAIN = Path(__file__).with_name("torch_gfl.py")
 PLAIN_FIXED = {
     field: allowed
     for field, allowed in mmdet_stages.FIXED["GFLHead"].items()

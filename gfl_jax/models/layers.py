@@ -11,13 +11,12 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from gfl_jax.distributed import AXIS
+
 Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
 """frozen_bn: constant statistics of a pretrained network, trainable affine (norm_eval of mmdet).
 bn: statistics of a device's images with running averages, for training from random weights.
 sync_bn: of the images of all devices.  gn: GroupNorm."""
-
-BATCH_AXIS = "devices"
-"""Name of the mapped axis along which devices share a batch."""
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -151,7 +150,7 @@ def normalization(
             features,
             momentum=0.9,
             epsilon=1e-5,
-            axis_name=BATCH_AXIS if kind == "sync_bn" else None,
+            axis_name=AXIS if kind == "sync_bn" else None,
             scale_init=scale_init,
             dtype=dtype,
             rngs=rngs,

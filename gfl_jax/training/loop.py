@@ -15,16 +15,15 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from gfl_jax.coco_eval import Evaluation, evaluate, ground_truth, predict_all
 from gfl_jax.config import Experiment, differences, to_dict
 from gfl_jax.data.coco import PreparedSplit
 from gfl_jax.data.loader import HostBatch, batches, eval_plan, open_split, train_plan
-from gfl_jax.evaluation import Evaluation, evaluate, ground_truth, predict_all
+from gfl_jax.distributed import AXIS, Pmap, Preempted, ShardMap, ahead, is_first, stop_requests
 from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.network import Network, Variables
 from gfl_jax.training.checkpoint import Checkpoints
-from gfl_jax.training.hosts import Preempted, is_first, stop_requests
 from gfl_jax.training.metrics import MetricsLog
-from gfl_jax.training.parallel import AXIS, Pmap, ShardMap, ahead
 from gfl_jax.training.step import (
     Train,
     TrainState,

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from gfl_jax.data.batch import Batch
 from gfl_jax.detectors.dense import Detector
-from gfl_jax.detectors.postprocess import Detections
+from gfl_jax.detectors.inference import Detections
 from gfl_jax.models.heads import Outputs
 from gfl_jax.models.network import Arrays, Network, Variables
 

@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from gfl_jax.data import coco, images
-from gfl_jax.data.annotations import CocoFolder, DataError, check
+from gfl_jax.data.coco_format import CocoFolder, DataError, check
 
 BOX = [4.5, 5.25, 10.5, 8.0]
 
@@ -307,7 +307,7 @@ def test_a_killed_preparation_does_not_count(tmp_path):
     script = f"""
         import pathlib, time
         from gfl_jax.data import coco, images
-        from gfl_jax.data.annotations import CocoFolder
+        from gfl_jax.data.coco_format import CocoFolder
         decode = images.decode
         def slow(data, size, name):
             if name == "3.jpg":

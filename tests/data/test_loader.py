@@ -12,7 +12,7 @@ import pytest
 
 from gfl_jax.config import Data
 from gfl_jax.data import coco
-from gfl_jax.data.annotations import CocoFolder
+from gfl_jax.data.coco_format import CocoFolder
 from gfl_jax.data.loader import (
     ImageCache,
     batches,

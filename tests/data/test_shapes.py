@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gfl_jax.data import shapes
-from gfl_jax.data.shapes import CLASSES, FADE, OUTWARD, SPLITS, Shapes, make_shapes, render_scene
+from gfl_jax.data.shapes.shapes import (
+    CLASSES,
+    FADE,
+    OUTWARD,
+    SPLITS,
+    Shapes,
+    make_shapes,
+    render_scene,
+)
 
 SPEC = Shapes(num_train=12, num_val=5, image_size=(96, 128), seed=7)
 

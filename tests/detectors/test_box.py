@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from gfl_jax.detectors.box import (
+    CustomBoxLoss,
     Deltas,
     Distances,
     Gaussian,
     GeneralDistribution,
     LogDistances,
     Overlap,
-    OwnBoxLoss,
     Regression,
     SmoothL1,
     frame_of,
@@ -348,22 +348,22 @@ def own_file(tmp_path):
 
 
 def test_an_own_box_loss_is_called_with_boxes(own_file):
-    found = OwnBoxLoss(f"{own_file}:cubed")(regression(A, FAR), regression(B, FAR))
+    found = CustomBoxLoss(f"{own_file}:cubed")(regression(A, FAR), regression(B, FAR))
     np.testing.assert_allclose(found, [1 - 0.75**3], rtol=1e-5)
-    found = OwnBoxLoss(f"{own_file}:whole")(regression(A), regression(B))
+    found = CustomBoxLoss(f"{own_file}:whole")(regression(A), regression(B))
     assert found.dtype == jnp.float32
     assert found.tolist() == [1.0]
 
 
 @pytest.mark.parametrize("function", ["total", "by_side"])
 def test_an_own_box_loss_of_a_wrong_shape_is_named(own_file, function):
-    loss = OwnBoxLoss(f"{own_file}:{function}")
+    loss = CustomBoxLoss(f"{own_file}:{function}")
     with pytest.raises(ValueError, match=rf"own.py:{function} returned shape .*must be \(1,\)"):
         loss(regression(A), regression(B))
 
 
 def test_an_own_box_loss_is_looked_for_at_once(own_file):
     with pytest.raises(ValueError, match=r"detector\.box_loss\.function .* has no function other"):
-        OwnBoxLoss(f"{own_file}:other")
+        CustomBoxLoss(f"{own_file}:other")
     with pytest.raises(ValueError, match=r"detector\.box_loss\.function is ''"):
-        OwnBoxLoss()
+        CustomBoxLoss()

@@ -10,14 +10,14 @@ import pytest
 
 from gfl_jax import systems
 from gfl_jax.detectors.classification import (
+    CustomClassification,
     Focal,
-    OwnClassification,
     QualityFocal,
     SoftmaxMining,
     Varifocal,
 )
+from gfl_jax.detectors.custom import custom_function
 from gfl_jax.detectors.dense import Detector
-from gfl_jax.detectors.own import own_function
 from gfl_jax.detectors.quality import GuidedQuality, NoQuality
 from gfl_jax.models.heads import Outputs
 from gfl_jax.priors import SSDBoxes
@@ -232,7 +232,7 @@ def own_file(tmp_path):
 def test_an_own_loss_is_called_with_logits_and_targets(own_file, batch):
     """As built-in ones are: the same detector with RetinaNet's focal loss by another name."""
     focal = dataclasses.replace(SSD, classification=Focal(), quality=NoQuality())
-    own = OwnClassification(f"{own_file}:focal")
+    own = CustomClassification(f"{own_file}:focal")
     assert own.channels(CLASSES) == CLASSES
     outputs = random_outputs(focal)
     expected = classified(focal, outputs, batch)
@@ -243,24 +243,24 @@ def test_an_own_loss_is_called_with_logits_and_targets(own_file, batch):
 
 def test_an_own_loss_takes_targets_as_constants_and_becomes_float32(own_file):
     logits, targets = np.float32([[1, 2, 3]]), np.float32([[0, 0.5, 0]])
-    product = OwnClassification(f"{own_file}:product")
+    product = CustomClassification(f"{own_file}:product")
     slopes = jax.grad(lambda *a: product(*a).sum(), (0, 1))(logits, targets)
     np.testing.assert_array_equal(slopes[0], targets)
     assert not slopes[1].any()
-    found = OwnClassification(f"{own_file}:negatives_in_half")(logits, targets)
+    found = CustomClassification(f"{own_file}:negatives_in_half")(logits, targets)
     assert found.dtype == jnp.float32
     assert found.tolist() == [[1, 0, 3]]
 
 
 def test_own_losses_go_with_joint_quality(own_file):
-    Detector(classification=OwnClassification(f"{own_file}:focal"))
+    Detector(classification=CustomClassification(f"{own_file}:focal"))
 
 
 @pytest.mark.parametrize(("name", "shape"), [("total", r"\(\)"), ("by_prior", r"\(2, 5\)")])
 def test_an_own_loss_of_a_wrong_shape_is_named(own_file, name, shape):
     logits = np.zeros((2, 5, CLASSES), np.float32)
     with pytest.raises(ValueError, match=rf"own\.py:{name} returned shape {shape} .*\(2, 5, 3\)"):
-        OwnClassification(f"{own_file}:{name}")(logits, logits)
+        CustomClassification(f"{own_file}:{name}")(logits, logits)
 
 
 @pytest.mark.parametrize(
@@ -277,34 +277,34 @@ def test_an_own_loss_of_a_wrong_shape_is_named(own_file, name, shape):
 )
 def test_what_names_no_function_is_an_error_that_says_so(name, message):
     with pytest.raises(ValueError, match=rf"detector\.classification\.function {message}"):
-        OwnClassification(name)
+        CustomClassification(name)
 
 
 def test_what_a_file_has_instead_is_listed(own_file):
     for name in ("CONSTANT", "other"):
         with pytest.raises(ValueError, match=f"no function {name}; it has .*by_prior") as error:
-            own_function(f"{own_file}:{name}", "here")
+            custom_function(f"{own_file}:{name}", "here")
         assert "_hidden" not in str(error.value)
 
 
 def test_an_absent_file_is_named_with_its_place(tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"there is no file {tmp_path / 'none.py'}"):
-        OwnClassification(f"{tmp_path / 'none.py'}:focal")
+        CustomClassification(f"{tmp_path / 'none.py'}:focal")
 
 
 def test_a_path_is_relative_to_where_the_program_was_started(own_file, monkeypatch):
     monkeypatch.chdir(own_file.parent)
-    assert own_function("own.py:product", "here")(2, 3) == 6
-    assert own_function("./own.py:product", "here")(2, 3) == 6
-    assert own_function("gfl_jax.losses:giou_loss", "here").__name__ == "giou_loss"
+    assert custom_function("own.py:product", "here")(2, 3) == 6
+    assert custom_function("./own.py:product", "here")(2, 3) == 6
+    assert custom_function("gfl_jax.losses:giou_loss", "here").__name__ == "giou_loss"
 
 
 def test_a_file_is_executed_once_for_each_function(own_file):
-    first, again = (own_function(f"{own_file}:product", "here") for _ in range(2))
+    first, again = (custom_function(f"{own_file}:product", "here") for _ in range(2))
     assert first is again
 
 
 def test_an_error_in_an_own_file_is_its_own(tmp_path):
     (tmp_path / "broken.py").write_text("def f(:\n")
     with pytest.raises(SyntaxError):
-        own_function(f"{tmp_path / 'broken.py'}:f", "here")
+        custom_function(f"{tmp_path / 'broken.py'}:f", "here")

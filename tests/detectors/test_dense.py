@@ -12,7 +12,7 @@ from gfl_jax.data.batch import Batch
 from gfl_jax.detectors.box import GeneralDistribution
 from gfl_jax.detectors.classification import QualityFocal
 from gfl_jax.detectors.dense import Detector
-from gfl_jax.detectors.postprocess import Inference
+from gfl_jax.detectors.inference import Inference
 from gfl_jax.detectors.quality import JointQuality
 from gfl_jax.models.heads import Outputs
 

@@ -15,7 +15,7 @@ from gfl_jax.assign import FoveaBox
 from gfl_jax.detectors.box import Deltas, LogDistances, SmoothL1
 from gfl_jax.detectors.classification import QualityFocal
 from gfl_jax.detectors.dense import Detector
-from gfl_jax.detectors.postprocess import Inference
+from gfl_jax.detectors.inference import Inference
 from gfl_jax.detectors.quality import (
     GuidedQuality,
     JointQuality,

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from gfl_jax import assign, systems
 from gfl_jax.detectors.box import Distances, GeneralDistribution, Overlap
 from gfl_jax.detectors.dense import Detector
-from gfl_jax.detectors.postprocess import Inference
+from gfl_jax.detectors.inference import Inference
 from gfl_jax.detectors.quality import QualityBranch
 from gfl_jax.interop import convert, crosscheck, mmdet_stages
 from gfl_jax.models.fpn import Neck

@@ -13,7 +13,7 @@ from gfl_jax import systems
 from gfl_jax.assign import ATSS, FCOS, FoveaBox, MaxIoU
 from gfl_jax.detectors.box import Deltas, GeneralDistribution, Overlap, SmoothL1
 from gfl_jax.detectors.classification import Focal, QualityFocal, SoftmaxMining
-from gfl_jax.detectors.postprocess import Inference
+from gfl_jax.detectors.inference import Inference
 from gfl_jax.interop import stages
 from gfl_jax.interop.names import load_state_dict
 from gfl_jax.models.fpn import Neck

@@ -8,9 +8,9 @@ import optax
 import pytest
 
 from gfl_jax.config import Train
+from gfl_jax.distributed import AXIS, Pmap
 from gfl_jax.interop.crosscheck import MARGIN, PIXELS, SCORES, detections_of, match
 from gfl_jax.interop.stages import torch_arrays
-from gfl_jax.training.parallel import AXIS, Pmap
 from gfl_jax.training.step import init_state, learning_rate, make_train_step, sgd
 
 

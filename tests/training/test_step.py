@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from gfl_jax import systems
 from gfl_jax.config import Train
 from gfl_jax.detectors.dense import Detector
+from gfl_jax.distributed import AXIS, Pmap
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
-from gfl_jax.training.parallel import AXIS, Pmap
 from gfl_jax.training.step import init_state, learning_rate, make_train_step, sgd
 
 # ---------------------------------------------------------------------------- learning rate

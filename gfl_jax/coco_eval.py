@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from gfl_jax.data.coco import PreparedSplit
 from gfl_jax.data.loader import HostBatch
-from gfl_jax.training.parallel import Pmap, ShardMap, ahead
+from gfl_jax.distributed import Pmap, ShardMap, ahead
 
 METRICS = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
 """pycocotools' twelve numbers, in its order. -1 where there is nothing to measure."""

@@ -1,6 +1,6 @@
 """Losses of one's own: two published ones that this project does not have.
 
-examples/gfl_r18_own_losses.py names them; docs/losses.md explains how.
+examples/gfl_r18_custom_losses.py names them; docs/losses.md explains how.
 """
 
 import jax

@@ -1,6 +1,6 @@
 """Compiles training and evaluation for TPUs on a machine without one: does it fit, how fast is it?
 
-    python -m gfl_jax.preflight configs/gfl_r50_fpn_1x_coco.py --topology v5e:4x4
+    python -m gfl_jax.tools.preflight.preflight configs/gfl_r50_fpn_1x_coco.py --topology v5e:4x4
         [--per-device-batch 2 4 8] [--mapping shard_map] [--canvas 800 1344] [--out report.md]
         [--any.field VALUE]
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 if __name__ == "__main__":
-    from gfl_jax.host import plain_errors
+    from gfl_jax.cli import plain_errors
 
 import jax
 import numpy as np
@@ -38,7 +38,9 @@ from gfl_jax.config import Experiment, load_experiment, parse_fields
 from gfl_jax.data.batch import Batch
 from gfl_jax.data.loader import Data
 from gfl_jax.data.plan import canvases_of
-from gfl_jax.executable import (
+from gfl_jax.distributed import AXIS, Pmap, ShardMap, parallel
+from gfl_jax.models.network import Network
+from gfl_jax.tools.preflight.hlo import (
     CHIPS,
     GIB,
     TELLING,
@@ -50,9 +52,7 @@ from gfl_jax.executable import (
     collectives,
     parse,
 )
-from gfl_jax.models.network import Network
 from gfl_jax.training.loop import abstract_state
-from gfl_jax.training.parallel import AXIS, Pmap, ShardMap, parallel
 from gfl_jax.training.step import learning_rate, make_predict, make_train_step, sgd
 
 

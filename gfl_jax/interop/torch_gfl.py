@@ -212,6 +212,7 @@ def atss(anchors, valid, levels, gts, topk, anchor_scale):
 
 
 def main(job_file, out_file):
+    """Runs the job of one file and writes the stages to the other."""
     job = np.load(job_file)
     experiment = json.loads(str(job["config"]))
     colours, detector = experiment["model"], experiment["detector"]

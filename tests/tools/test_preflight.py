@@ -6,12 +6,12 @@ import json
 import sys
 
 import pytest
-from test_executable import TEXT, V5E
+from test_hlo import TEXT, V5E
 
 from gfl_jax.config import load_experiment
 from gfl_jax.data.loader import Data
-from gfl_jax.executable import GIB, Collective, Part, breakdown, parse
-from gfl_jax.preflight import (
+from gfl_jax.tools.preflight.hlo import GIB, Collective, Part, breakdown, parse
+from gfl_jax.tools.preflight.preflight import (
     Job,
     Memory,
     PreflightCommand,

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from gfl_jax.data.augment import MEAN_COLOUR, expand, min_iou_crop, photometric, ssd_augment
+from gfl_jax.data.ssd_augment import MEAN_COLOUR, expand, min_iou_crop, photometric, ssd_augment
 
 NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
 SEEDS = range(300)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from gfl_jax.detectors.postprocess import Inference, nms, top_pairs
+from gfl_jax.detectors.inference import Inference, nms, top_pairs
 
 _nms = jax.jit(nms, static_argnames="inference")
 _top_pairs = jax.jit(top_pairs, static_argnames="k")

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from made import CONFIG
 
+from gfl_jax import distributed
 from gfl_jax.config import load_experiment
+from gfl_jax.distributed import PREEMPTED, Hosts
 from gfl_jax.models.network import Network
-from gfl_jax.training import hosts
 from gfl_jax.training.checkpoint import Checkpoints
-from gfl_jax.training.hosts import PREEMPTED, Hosts
 from gfl_jax.training.loop import abstract_state
 from gfl_jax.training.metrics import read_metrics
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 LIMIT = 900
 """Seconds after which a process of these tests counts as hanging."""
 
@@ -56,10 +56,11 @@ def test_the_environment_says_whether_there_are_others(monkeypatch, environment,
 def test_flags_reach_jax_and_others_are_left_alone(monkeypatch):
     called = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: called.append((a, k)))
-    hosts.join(["config.py", "--train.lr=3", "--hosts.start=never", "--hosts.coordinator=a:1"])
+    flags = ["--hosts.start=never", "--hosts.coordinator=a:1"]
+    distributed.join(["config.py", "--train.lr=3", *flags])
     assert not called
     flags = "--hosts.coordinator=a:1 --hosts.count 4 --hosts.index 0 --hosts.timeout=7"
-    hosts.join(["config.py", *flags.split(), "--workdir", "x"])
+    distributed.join(["config.py", *flags.split(), "--workdir", "x"])
     assert called == [(("a:1", 4, 0), {"heartbeat_timeout_seconds": 7})]
 
 

@@ -8,16 +8,16 @@ import cv2
 import numpy as np
 import pytest
 
-from gfl_jax import tables
 from gfl_jax.config import Data, Experiment, Row
 from gfl_jax.models.ssd import SSDModel
 from gfl_jax.systems import ssd512
-from gfl_jax.tables import METRICS, TABLES, data_of, jobs_of, markdown, small
+from gfl_jax.tools import tables
+from gfl_jax.tools.tables import METRICS, TABLES, data_of, jobs_of, markdown, small
 from gfl_jax.training import loop
 
 DATA = """
 from gfl_jax.config import Data, Experiment, Train
-from gfl_jax.data.shapes import Shapes
+from gfl_jax.data.shapes.shapes import Shapes
 
 experiment = Experiment(
     data=Data(
@@ -31,7 +31,7 @@ experiment = Experiment(
 TABLE = """
 from gfl_jax.config import Data, Experiment, Row, Train
 from gfl_jax.detectors.classification import QualityFocal
-from gfl_jax.detectors.postprocess import Inference
+from gfl_jax.detectors.inference import Inference
 from gfl_jax.systems import changed
 
 base = Experiment(

@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gfl_jax.cli import plain_errors
 from gfl_jax.config import Data, load_experiment
 from gfl_jax.data.images import scale_boxes
-from gfl_jax.host import plain_errors
 
 
 @pytest.mark.parametrize(

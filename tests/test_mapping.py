@@ -24,10 +24,10 @@ from trainers import (
 from gfl_jax.detectors.classification import Focal
 from gfl_jax.detectors.dense import Detector, Losses
 from gfl_jax.detectors.quality import GuidedQuality
+from gfl_jax.distributed import Pmap, ShardMap, ahead, parallel
 from gfl_jax.models.heads import Outputs, Predicts
 from gfl_jax.models.layers import normalization
 from gfl_jax.models.network import Variables
-from gfl_jax.training.parallel import Pmap, ShardMap, ahead, parallel
 
 MAPPINGS = {
     "one device": lambda: Pmap(jax.local_devices()[:1]),

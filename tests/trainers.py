@@ -1,6 +1,6 @@
 """Three training steps over some devices of some processes, and how far their parameters differ.
 
-    python tests/training/trainers.py            # prints the table of docs/scaling.md
+    python tests/trainers.py            # prints the table of docs/scaling.md
 
 As a program with arguments it is one process of these: VARIANT, INDEX, PORT, file to write.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     # Before anything imports jax: as many devices as this process has of the variant's.
-    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
     local = int(sys.argv[5]) if len(sys.argv) > 1 else 1
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = (
@@ -29,12 +29,11 @@ from made import make_batch
 
 from gfl_jax.config import Train
 from gfl_jax.detectors.dense import Detector
-from gfl_jax.detectors.postprocess import Inference
+from gfl_jax.detectors.inference import Inference
+from gfl_jax.distributed import AXIS, join, parallel
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
-from gfl_jax.training.hosts import join
-from gfl_jax.training.parallel import AXIS, parallel
 from gfl_jax.training.step import init_state, learning_rate, make_predict, make_train_step, sgd
 
 CLASSES = 3

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from gfl_jax.config import Experiment, from_dict, load_experiment, to_dict
-from gfl_jax.detectors.box import OwnBoxLoss
-from gfl_jax.detectors.classification import OwnClassification
+from gfl_jax.detectors.box import CustomBoxLoss
+from gfl_jax.detectors.classification import CustomClassification
 from gfl_jax.losses import quality_focal_loss
 from gfl_jax.models.heads import Outputs
 from gfl_jax.systems import changed
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "gfl_r18_own_losses.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "gfl_r18_custom_losses.py"
 OWN = """
 import jax.numpy as jnp
 
@@ -62,8 +62,8 @@ def losses(detector, make_batch, classes=3):
 
 def test_the_example_names_both_losses_and_survives_a_checkpoint():
     experiment = load_experiment(EXAMPLE)
-    assert isinstance(experiment.detector.classification, OwnClassification)
-    assert isinstance(experiment.detector.box_loss, OwnBoxLoss)
+    assert isinstance(experiment.detector.classification, CustomClassification)
+    assert isinstance(experiment.detector.box_loss, CustomBoxLoss)
     assert from_dict(Experiment, to_dict(experiment)) == experiment
 
 
@@ -80,12 +80,12 @@ def test_the_example_has_finite_losses_that_differ_from_gfls(make_batch):
 def test_the_examples_functions_meet_known_losses_at_their_limits():
     detector = load_experiment(EXAMPLE).detector
     name = detector.classification.function
-    from gfl_jax.detectors.own import own_function
+    from gfl_jax.detectors.custom import custom_function
 
-    poly = own_function(name, "field")
+    poly = custom_function(name, "field")
     x, y = jnp.linspace(-3, 3, 12).reshape(4, 3), jnp.linspace(0, 1, 12).reshape(4, 3)
     np.testing.assert_allclose(poly(x, y, epsilon=0.0), quality_focal_loss(x, y), rtol=1e-6)
-    alpha = own_function(detector.box_loss.function, "field")
+    alpha = custom_function(detector.box_loss.function, "field")
     boxes = jnp.array([[0.0, 0.0, 2.0, 2.0]])
     shifted = boxes + jnp.array([1.0, 0.0, 1.0, 0.0])
     np.testing.assert_allclose(alpha(boxes, shifted, alpha=1.0), 1 - 1 / 3, rtol=1e-6)
@@ -96,8 +96,8 @@ def test_own_losses_are_weighted_and_reduced_as_the_projects_own(own, make_batch
     detector = changed(
         Experiment(),
         detector={
-            "classification": OwnClassification(f"{own}:zero"),
-            "box_loss": OwnBoxLoss(f"{own}:ones"),
+            "classification": CustomClassification(f"{own}:zero"),
+            "box_loss": CustomBoxLoss(f"{own}:ones"),
             "quality": dataclasses.replace(Experiment().detector.quality, weighting="iou"),
         },
     ).detector
@@ -119,20 +119,20 @@ def test_own_losses_are_weighted_and_reduced_as_the_projects_own(own, make_batch
     ],
 )
 def test_a_name_that_leads_nowhere_stops_at_once(own, name, error, match):
-    for kind, field in ((OwnClassification, "classification"), (OwnBoxLoss, "box_loss")):
+    for kind, field in ((CustomClassification, "classification"), (CustomBoxLoss, "box_loss")):
         with pytest.raises(error, match=match) as caught:
             kind(name.format(own=own))
         assert f"detector.{field}.function" in str(caught.value)
 
 
 def test_a_reduced_loss_is_refused_with_the_right_shape(own, make_batch):
-    for field, kind in (("classification", OwnClassification), ("box_loss", OwnBoxLoss)):
+    for field, kind in (("classification", CustomClassification), ("box_loss", CustomBoxLoss)):
         detector = changed(Experiment(), detector={field: kind(f"{own}:reduced")}).detector
         with pytest.raises(ValueError, match=r"reduced returned shape \(\)"):
             losses(detector, make_batch)
 
 
 def test_an_error_in_the_users_function_is_the_users(own, make_batch):
-    detector = changed(Experiment(), detector={"box_loss": OwnBoxLoss(f"{own}:faulty")}).detector
+    detector = changed(Experiment(), detector={"box_loss": CustomBoxLoss(f"{own}:faulty")}).detector
     with pytest.raises(NameError, match="undefined"):
         losses(detector, make_batch)

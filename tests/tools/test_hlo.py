@@ -2,7 +2,7 @@
 
 import pytest
 
-from gfl_jax.executable import (
+from gfl_jax.tools.preflight.hlo import (
     CHIPS,
     arrays_of,
     breakdown,

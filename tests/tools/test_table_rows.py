@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from gfl_jax.distributed import AXIS, Pmap
 from gfl_jax.models.network import Network
 from gfl_jax.models.ssd import SSDModel
-from gfl_jax.tables import TABLES, jobs_of, small
-from gfl_jax.training.parallel import AXIS, Pmap
+from gfl_jax.tools.tables import TABLES, jobs_of, small
 from gfl_jax.training.step import (
     init_state,
     learning_rate,

@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gfl_jax import analysis, tables
-from gfl_jax.analysis import (
+from gfl_jax.config import Data, Experiment, Train
+from gfl_jax.data.shapes.shapes import Shapes
+from gfl_jax.detectors.box import Deltas, Gaussian, GeneralDistribution
+from gfl_jax.systems import changed
+from gfl_jax.tools import analysis, tables
+from gfl_jax.tools.analysis import (
     Predictions,
     Truth,
     opposites,
@@ -16,10 +20,6 @@ from gfl_jax.analysis import (
     rank_correlation,
     sides_of,
 )
-from gfl_jax.config import Data, Experiment, Train
-from gfl_jax.data.shapes import Shapes
-from gfl_jax.detectors.box import Deltas, Gaussian, GeneralDistribution
-from gfl_jax.systems import changed
 from gfl_jax.training import loop
 from gfl_jax.training.loop import Run
 

@@ -1,7 +1,7 @@
 """The two claims behind the paper's tables, measured on finished runs.
 
-    python -m gfl_jax.analysis consistency RUN... --out consistency.png
-    python -m gfl_jax.analysis ambiguity RUN --out ambiguity.png
+    python -m gfl_jax.tools.analysis consistency RUN... --out consistency.png
+    python -m gfl_jax.tools.analysis ambiguity RUN --out ambiguity.png
 
 `consistency`: does a detection's score rank it by how well it is placed? (figures 1 and 2 of the
 paper.) `ambiguity`: are predicted distributions flat where a side is unclear and sharp where it is
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":
-    from gfl_jax.host import plain_errors, use_huge_pages
+    from gfl_jax.cli import plain_errors, use_huge_pages
 
     use_huge_pages()
 
@@ -29,13 +29,13 @@ import scipy.stats
 import tyro
 from tqdm import tqdm
 
+from gfl_jax.coco_eval import ground_truth
 from gfl_jax.data import images
 from gfl_jax.data.batch import Batch
 from gfl_jax.data.coco import PreparedSplit
 from gfl_jax.data.loader import batches, eval_plan
 from gfl_jax.detectors.box import Gaussian, GeneralDistribution
 from gfl_jax.detectors.dense import Detector, flatten
-from gfl_jax.evaluation import ground_truth
 from gfl_jax.models.network import Network, Variables
 from gfl_jax.training.loop import Run, open_run
 
@@ -485,6 +485,6 @@ if __name__ == "__main__":
     with plain_errors():
         tyro.extras.subcommand_cli_from_dict(
             {"consistency": consistency, "ambiguity": ambiguity},
-            prog="python -m gfl_jax.analysis",
+            prog="python -m gfl_jax.tools.analysis",
             description=__doc__,
         )

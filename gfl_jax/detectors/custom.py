@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @functools.cache
-def own_function(name: str, field: str) -> Callable:
+def custom_function(name: str, field: str) -> Callable:
     """Finds the function that a config names.
 
     Args:

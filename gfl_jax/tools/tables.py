@@ -1,7 +1,7 @@
 """The paper's tables: trains every row, evaluates, and writes it beside the paper's numbers.
 
-    python -m gfl_jax.tables 1a --data COCO --seeds 3
-    python -m gfl_jax.tables 1a --rows 'atss_*' --budget small
+    python -m gfl_jax.tools.tables 1a --data COCO --seeds 3
+    python -m gfl_jax.tools.tables 1a --rows 'atss_*' --budget small
 
 The rows are those of configs/table_1a.py and so on. A row that stands in several tables is trained
 once; what is finished is not done again, and what was interrupted continues. Writes TABLE.md, a
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 if __name__ == "__main__":
-    from gfl_jax.host import plain_errors, use_huge_pages
+    from gfl_jax.cli import plain_errors, use_huge_pages
 
     use_huge_pages()
 
@@ -36,18 +36,18 @@ from gfl_jax.config import (
     to_dict,
 )
 from gfl_jax.data.loader import open_split
+from gfl_jax.distributed import parallel
 from gfl_jax.models.network import Backbone, Model, Network
 from gfl_jax.models.ssd import SSDModel
 from gfl_jax.priors import SSDBoxes
 from gfl_jax.systems import changed
 from gfl_jax.training.loop import Evaluator, fit, open_run
 from gfl_jax.training.metrics import read_metrics
-from gfl_jax.training.parallel import parallel
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 TABLES = ("1a", "1b", "1c", "2a", "2b", "2c", "3")
 METRICS = ("AP", "AP50", "AP75", "APS", "APM", "APL")
 SPEED = "images_per_second"
@@ -346,4 +346,4 @@ def main(
 
 if __name__ == "__main__":
     with plain_errors():
-        tyro.cli(main, prog="python -m gfl_jax.tables", description=__doc__)
+        tyro.cli(main, prog="python -m gfl_jax.tools.tables", description=__doc__)

@@ -1,0 +1,1 @@
+"""The `shapes` data set: made on the spot, in COCO's format."""

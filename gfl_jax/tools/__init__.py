@@ -1,0 +1,1 @@
+"""Programs beside training: the paper's tables, the claims behind them, and preflight."""
