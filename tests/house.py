@@ -1,0 +1,182 @@
+"""Measures the house: how much has to be opened, what is too long, what is imported upwards.
+
+    python tests/house.py
+
+Follows the imports of the package and prints the files between disk and AP for GFL with their
+lines, files that are too long, imports from a lower room into a higher one, and import cycles.
+`test_house.py` holds the numbers to their limits.
+"""
+
+import ast
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+ROOMS = {
+    "errors": ["gfl_jax.errors"],
+    "geometry and losses": ["gfl_jax.boxes", "gfl_jax.priors", "gfl_jax.assign", "gfl_jax.losses"],
+    "devices": ["gfl_jax.distributed"],
+    "data": ["gfl_jax.data"],
+    "models": ["gfl_jax.models"],
+    "detectors": ["gfl_jax.detectors"],
+    "coco_eval": ["gfl_jax.coco_eval"],
+    "training": ["gfl_jax.training"],
+    "experiments": ["gfl_jax.config", "gfl_jax.systems"],
+    "interop": ["gfl_jax.interop"],
+    "runs": ["gfl_jax.run", "gfl_jax.predict"],
+    "pictures": ["gfl_jax.visualize"],
+    "interop programs": ["gfl_jax.interop.convert", "gfl_jax.interop.crosscheck"],
+    "tools": ["gfl_jax.tools"],
+    "front door": ["gfl_jax", "gfl_jax.cli", "gfl_jax.__main__", "train", "eval", "configs"],
+}
+"""Bottom to top: a room imports from those above it in this list and from itself, never from below
+it. The longest prefix of a module's name says where it stands."""
+
+STARTS = ("train", "eval", "configs.gfl_r50_fpn_1x_coco")
+
+NOT_OPENED = {
+    "gfl_jax.cli": "config files, flags, error messages of the command line",
+    "gfl_jax.errors": "the class of errors that a user can fix",
+    "gfl_jax.data.coco_format": "preparing: what an annotation file says and whether it is right",
+    "gfl_jax.data.shapes": "another data set: synthetic images",
+    "gfl_jax.data.ssd_augment": "SSD's augmentation",
+    "gfl_jax.detectors.custom": "losses from a user's file",
+    "gfl_jax.interop": "weights of PyTorch files",
+    "gfl_jax.models.ssd": "SSD's network",
+    "gfl_jax.systems": "the other detectors",
+    "gfl_jax.visualize": "pictures",
+}
+"""Imported, but not on GFL's way from disk to AP; each with the reason."""
+
+FILES_ON_THE_PATH = 20
+LINES_ON_THE_PATH = 3000
+LINES_OF_A_FILE_ON_THE_PATH = 250
+LINES_OF_A_FILE = 400
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    """Every file of the product by its module's name."""
+    files = [ROOT / "train.py", ROOT / "eval.py", ROOT / "configs/gfl_r50_fpn_1x_coco.py"]
+    files += sorted((ROOT / "gfl_jax").rglob("*.py"))
+    names = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    return {name.removesuffix(".__init__"): file for name, file in names.items()}
+
+
+@functools.cache
+def imports_of(module: str) -> frozenset[str]:
+    """Modules of the product that a module imports, anywhere in its text."""
+    found = set()
+    for node in ast.walk(ast.parse(modules()[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = names & set(modules())
+            found |= submodules
+            if len(submodules) < len(names):
+                found.add(node.module)
+    return frozenset(found & set(modules()) - {module})
+
+
+def lines_of(module: str) -> int:
+    """Lines of a module's file."""
+    return len(modules()[module].read_text().splitlines())
+
+
+def not_opened(module: str) -> bool:
+    """Whether a module is in NOT_OPENED, itself or with the package that it belongs to."""
+    return any(module == name or module.startswith(f"{name}.") for name in NOT_OPENED)
+
+
+def path() -> dict[str, int]:
+    """What has to be opened to follow GFL from disk to loss to AP, with its lines."""
+    opened: dict[str, int] = {}
+    waiting = list(STARTS)
+    while waiting:
+        module = waiting.pop()
+        if module in opened or not_opened(module):
+            continue
+        opened[module] = lines_of(module)
+        waiting += imports_of(module)
+    # A package's file that holds a docstring alone is not opened.
+    return {name: lines for name, lines in sorted(opened.items()) if lines > 1}
+
+
+def room_of(module: str) -> int:
+    """The floor that a module stands on, 0 the lowest."""
+    places = {prefix: floor for floor, prefixes in enumerate(ROOMS.values()) for prefix in prefixes}
+    prefixes = [p for p in places if module == p or module.startswith(f"{p}.")]
+    if not prefixes or (module != "gfl_jax" and max(prefixes, key=len) == "gfl_jax"):
+        raise ValueError(f"{module} stands in no room: name it in ROOMS")
+    return places[max(prefixes, key=len)]
+
+
+def upward() -> Iterator[str]:
+    """Imports from a lower room into a higher one."""
+    rooms = list(ROOMS)
+    for module in modules():
+        for other in sorted(imports_of(module)):
+            if room_of(other) > room_of(module):
+                names = rooms[room_of(module)], rooms[room_of(other)]
+                yield f"{module} ({names[0]}) -> {other} ({names[1]})"
+
+
+def cycles() -> list[list[str]]:
+    """Groups of modules that import each other, directly or through others."""
+
+    @functools.cache
+    def reached(module: str) -> frozenset[str]:
+        seen: set[str] = set()
+        waiting = list(imports_of(module))
+        while waiting:
+            other = waiting.pop()
+            if other not in seen:
+                seen.add(other)
+                waiting += imports_of(other)
+        return frozenset(seen)
+
+    groups = {
+        tuple(sorted({module} | {o for o in reached(module) if module in reached(o)}))
+        for module in modules()
+        if module in reached(module)
+    }
+    return [list(group) for group in sorted(groups)]
+
+
+def too_long() -> dict[str, int]:
+    """Files above their limit: the lower one on the path, the higher one elsewhere."""
+    on_path = path()
+    limits = {
+        module: LINES_OF_A_FILE_ON_THE_PATH if module in on_path else LINES_OF_A_FILE
+        for module in modules()
+    }
+    return {m: lines_of(m) for m, limit in limits.items() if lines_of(m) > limit}
+
+
+def main() -> None:
+    """Prints everything."""
+    opened = path()
+    for module, lines in opened.items():
+        print(f"{lines:6d}  {modules()[module].relative_to(ROOT)}")
+    print(
+        f"{sum(opened.values()):6d}  lines in {len(opened)} files to open for GFL, from disk to "
+        f"loss to AP (goal: {LINES_ON_THE_PATH} in {FILES_ON_THE_PATH})\n\nnot opened:"
+    )
+    for name, reason in NOT_OPENED.items():
+        print(f"  {name}: {reason}")
+    total = sum(lines_of(m) for m in modules() if m.startswith("gfl_jax"))
+    print(f"\nthe package has {total} lines in {len(modules()) - len(STARTS)} files")
+    for title, found in (
+        ("too long", [f"{m}: {lines} lines" for m, lines in too_long().items()]),
+        ("imported upwards", list(upward())),
+        ("import cycles", [", ".join(group) for group in cycles()]),
+    ):
+        print(f"\n{title}: {len(found) or 'none'}", *found, sep="\n  ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""The house stays a tower: limits of what has to be read, and no import that runs upwards."""
+
+import house
+
+STILL_TOO_LONG = {
+    "gfl_jax.data.coco",
+    "gfl_jax.data.loader",
+    "gfl_jax.data.shapes.shapes",
+    "gfl_jax.detectors.box",
+    "gfl_jax.detectors.dense",
+    "gfl_jax.distributed",
+    "gfl_jax.tools.analysis",
+    "gfl_jax.tools.preflight.hlo",
+    "gfl_jax.tools.preflight.preflight",
+    "gfl_jax.training.loop",
+}
+STILL_UPWARD = {
+    "gfl_jax.interop.convert (interop programs) -> gfl_jax.cli (front door)",
+    "gfl_jax.interop.crosscheck (interop programs) -> gfl_jax.cli (front door)",
+    "gfl_jax.tools.analysis (tools) -> gfl_jax.cli (front door)",
+    "gfl_jax.tools.preflight.preflight (tools) -> gfl_jax.cli (front door)",
+    "gfl_jax.tools.tables (tools) -> gfl_jax.cli (front door)",
+    "gfl_jax.training.checkpoint (training) -> gfl_jax.config (experiments)",
+    "gfl_jax.training.loop (training) -> gfl_jax.config (experiments)",
+    "gfl_jax.training.loop (training) -> gfl_jax.interop.pretrained (interop)",
+}
+
+
+def test_files_stay_short_enough_to_read():
+    assert set(house.too_long()) <= STILL_TOO_LONG
+
+
+def test_nothing_is_imported_by_what_stands_below_it():
+    assert set(house.upward()) <= STILL_UPWARD
+
+
+def test_no_modules_import_each_other():
+    assert house.cycles() == []
+
+
+def test_every_reason_for_not_opening_a_file_is_about_an_existing_one():
+    names = set(house.modules())
+    assert {name for name in house.NOT_OPENED if name not in names} <= {"gfl_jax.errors"}
+
+
+def test_an_import_is_found_in_each_of_its_forms(tmp_path, monkeypatch):
+    text = {
+        "train": "import gfl_jax.losses\nfrom gfl_jax import boxes, priors as p",
+        "gfl_jax": "",
+        "gfl_jax.boxes": "def f():\n    from gfl_jax.priors import Points",
+        "gfl_jax.priors": "from gfl_jax.boxes import area",
+        "gfl_jax.losses": "from gfl_jax.config import Experiment",
+        "gfl_jax.config": "",
+    }
+    for name, lines in text.items():
+        (tmp_path / f"{name}.py").write_text(lines)
+    monkeypatch.setattr(house, "modules", lambda: {n: tmp_path / f"{n}.py" for n in text})
+    house.imports_of.cache_clear()
+    try:
+        assert house.imports_of("train") == {"gfl_jax.losses", "gfl_jax.boxes", "gfl_jax.priors"}
+        assert house.cycles() == [["gfl_jax.boxes", "gfl_jax.priors"]]
+        assert [arrow.split(" ")[0] for arrow in house.upward()] == ["gfl_jax.losses"]
+    finally:
+        house.imports_of.cache_clear()
