@@ -18,8 +18,8 @@ from gfl_jax.config import EvalCommand, parse_fields
 from gfl_jax.data.loader import open_split
 from gfl_jax.distributed import is_first, join, parallel
 from gfl_jax.models.network import Network
-from gfl_jax.training.checkpoint import Checkpoints
-from gfl_jax.training.loop import Evaluator, abstract_state
+from gfl_jax.run import load
+from gfl_jax.training.evaluator import Evaluator
 from gfl_jax.visualize import contact_sheet
 
 
@@ -30,26 +30,34 @@ def main(arguments: list[str]) -> None:
         raise FileNotFoundError(f"the first argument is the folder of a checkpoint\n\n{__doc__}")
     join(arguments)
     folder = Path(arguments[0])
-    checkpoints = Checkpoints.find(folder)
-    experiment, about = checkpoints.about()
-    experiment, command = parse_fields(EvalCommand, experiment, arguments[1:], __doc__)
+    run = load(folder)
+    experiment, command = parse_fields(EvalCommand, run.experiment, arguments[1:], __doc__)
     out = Path(command.out or folder / "eval")
 
     # ------------------------------------------------------------------ data
     split = open_split(experiment.data, "val")
-    if split.category_names != about["category_names"]:
+    if split.category_names != run.category_names:
         raise ValueError(
-            f"the checkpoint knows {about['category_names']}, the data has {split.category_names}"
+            f"the checkpoint knows {run.category_names}, the data has {split.category_names}"
         )
 
     # ------------------------------------------------------------------ model
-    network = Network(experiment.model, experiment.detector.predicts(len(split.category_ids)))
+    network = run.network
+    if experiment.model != run.experiment.model:
+        network = Network(experiment.model, experiment.detector.predicts(len(split.category_ids)))
     devices = parallel(experiment.train.mapping)
-    state = checkpoints.restore(abstract_state(network, experiment.train), experiment)
-    variables = devices.replicate(state.evaluated())
+    variables = devices.replicate(run.variables)
 
     # ------------------------------------------------------------------ evaluation and speed
-    evaluator = Evaluator(experiment, network, devices, split, command.limit)
+    evaluator = Evaluator(
+        network,
+        experiment.detector,
+        experiment.data,
+        devices,
+        split,
+        experiment.train.eval_batch,
+        command.limit,
+    )
     evaluation, results = evaluator(variables)
     with_post, without_post = evaluator.images_per_second(variables)
 
@@ -58,10 +66,10 @@ def main(arguments: list[str]) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results))
-    (out / "metrics.json").write_text(json.dumps({"step": checkpoints.step, **evaluation.metrics}))
+    (out / "metrics.json").write_text(json.dumps({"step": run.step, **evaluation.metrics}))
     contact_sheet(out / "detections.png", split, results)
     print(
-        f"\nstep {checkpoints.step} of {checkpoints.folder} on "
+        f"\nstep {run.step} of {run.folder} on "
         f"{len(evaluator.plan.indices)} images\n"
         f"{evaluation}\n\n{evaluation.class_table()}\n\n"
         f"{with_post:.2f} images/s, {without_post:.2f} without post-processing (batches of "

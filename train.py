@@ -16,7 +16,9 @@ if __name__ == "__main__":
 from gfl_jax.config import TrainCommand, load_experiment, parse_fields
 from gfl_jax.data.loader import open_split
 from gfl_jax.distributed import is_first, join, parallel
+from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.network import Network
+from gfl_jax.run import changes_since, describe
 from gfl_jax.training.loop import fit
 from gfl_jax.visualize import finish
 
@@ -46,8 +48,26 @@ def main(arguments: list[str]) -> None:
     network = Network(experiment.model, predicts)
     devices = parallel(experiment.train.mapping)
 
+    # ------------------------------------------------------------------ weights
+    for change in changes_since(workdir, experiment):
+        print(f"  changed since the checkpoint: {change}")
+
+    def initial():
+        return load_pretrained(network, network.init(experiment.train.seed))
+
     # ------------------------------------------------------------------ steps and evaluations
-    fit(experiment, network, train_split, val_split, devices, workdir)
+    fit(
+        network,
+        experiment.detector,
+        experiment.data,
+        experiment.train,
+        train_split=train_split,
+        val_split=val_split,
+        devices=devices,
+        workdir=workdir,
+        initial=initial,
+        about=describe(experiment, val_split.category_ids, val_split.category_names),
+    )
 
     # ------------------------------------------------------------------ pictures
     if is_first():

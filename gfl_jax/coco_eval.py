@@ -4,18 +4,15 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tqdm import tqdm
 
 from gfl_jax.data.coco import PreparedSplit
-from gfl_jax.data.loader import HostBatch
-from gfl_jax.distributed import Pmap, ShardMap, ahead
 
 METRICS = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
 """pycocotools' twelve numbers, in its order. -1 where there is nothing to measure."""
@@ -42,57 +39,6 @@ class Evaluation:
             cells = (f"{value:6.3f}" if value >= 0 else "     -" for value in values)
             lines.append(f"{name:<{width}} {' '.join(cells)}")
         return "\n".join(lines)
-
-
-def predict_all(
-    predict: Callable,
-    variables: Any,
-    batches: Iterable[HostBatch],
-    devices: Pmap | ShardMap,
-    split: PreparedSplit,
-    *,
-    total: int,
-    before_each: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:
-    """Detections of all images, as COCO results.
-
-    Args:
-        predict: mapped over the devices: (variables, batch) to Detections.
-        variables: replicated over the devices.
-        batches: every image once among the slots that are real; of each this host's part.
-        devices: the mapping.
-        split: gives category ids.
-        total: number of batches, for the progress bar.
-        before_each: called before each batch.
-
-    Returns:
-        One entry a detection: image_id, category_id, bbox (x, y, width, height in pixels of the
-        original image) and score. The same on every host.
-    """
-    results = []
-    progress = tqdm(
-        ahead(devices, batches, lambda host: host.batch),
-        total=total,
-        desc="evaluating",
-        unit=" batches",
-        leave=False,
-        disable=devices.share[0] > 0,
-    )
-    for host, batch in progress:
-        before_each()
-        found = devices.fetch_sharded(predict(variables, batch))
-        for slot in np.flatnonzero(host.image_mask):
-            for i in np.flatnonzero(found.mask[slot]):
-                x1, y1, x2, y2 = found.boxes[slot, i].tolist()
-                results.append(
-                    {
-                        "image_id": int(host.image_ids[slot]),
-                        "category_id": split.category_ids[found.labels[slot, i]],
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "score": float(found.scores[slot, i]),
-                    }
-                )
-    return results
 
 
 def ground_truth(split: PreparedSplit) -> COCO:

@@ -31,8 +31,8 @@ from tqdm import tqdm
 from gfl_jax.config import load_experiment
 from gfl_jax.models.network import Network
 from gfl_jax.training.checkpoint import Checkpoints
-from gfl_jax.training.loop import abstract_state
 from gfl_jax.training.metrics import read_metrics
+from gfl_jax.training.step import TrainState, abstract_state
 
 EPOCHS, STEPS_PER_EPOCH, EVAL_EVERY = 24, 3, 2
 MOMENTS = ("loading", "stepping", "saving", "evaluating")
@@ -83,7 +83,7 @@ def state_of(folder: Path, checkpoints: Path) -> list[np.ndarray]:
     experiment = load_experiment(folder / "tiny.py")
     network = Network(experiment.model, experiment.detector.predicts(6))
     stored = Checkpoints(checkpoints)
-    state = stored.restore(abstract_state(network, experiment.train), experiment)
+    state = TrainState.from_items(stored.restore(abstract_state(network, experiment.train).items()))
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 

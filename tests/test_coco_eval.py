@@ -12,13 +12,14 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from gfl_jax.coco_eval import METRICS, evaluate, ground_truth, predict_all
+from gfl_jax.coco_eval import METRICS, evaluate, ground_truth
 from gfl_jax.config import Data
 from gfl_jax.data.coco import prepare
 from gfl_jax.data.coco_format import CocoFolder
 from gfl_jax.data.loader import batches, eval_plan
 from gfl_jax.detectors.inference import Detections
 from gfl_jax.distributed import Pmap, ShardMap
+from gfl_jax.training.evaluator import predict_all
 
 CATEGORIES = [{"id": 90, "name": "bird"}, {"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
 NAMES = {category["id"]: category["name"] for category in CATEGORIES}

@@ -20,8 +20,8 @@ from gfl_jax.config import load_experiment
 from gfl_jax.distributed import PREEMPTED, Hosts
 from gfl_jax.models.network import Network
 from gfl_jax.training.checkpoint import Checkpoints
-from gfl_jax.training.loop import abstract_state
 from gfl_jax.training.metrics import read_metrics
+from gfl_jax.training.step import TrainState, abstract_state
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 900
@@ -147,7 +147,9 @@ class Runs:
         experiment = load_experiment(self.config)
         network = Network(experiment.model, experiment.detector.predicts(6))
         stored = Checkpoints(workdir / "checkpoints")
-        return stored.restore(abstract_state(network, experiment.train), experiment)
+        return TrainState.from_items(
+            stored.restore(abstract_state(network, experiment.train).items())
+        )
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +288,7 @@ def test_a_run_told_to_stop_saves_and_continues_to_the_same_bits(runs, whole, pr
 def test_a_run_is_told_to_stop_while_it_evaluates(runs, monkeypatch, tmp_path):
     """The evaluation is given up and done again."""
     import train
-    from gfl_jax.training import loop
+    from gfl_jax.training import evaluator
 
     def tell(*arguments, before_each, **others):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -296,7 +298,7 @@ def test_a_run_is_told_to_stop_while_it_evaluates(runs, monkeypatch, tmp_path):
     arguments = [str(runs.config), f"--workdir={tmp_path}", f"--data.cache-dir={runs.folder}/cache"]
     arguments += ["--train.checkpoint-every=1000", "--train.eval-every=1"]
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "predict_all", tell)
+        patch.setattr(evaluator, "predict_all", tell)
         with pytest.raises(SystemExit) as stopped:
             train.main(arguments)
     assert stopped.value.code == PREEMPTED

@@ -27,9 +27,11 @@ from gfl_jax.data.coco_format import DataError
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.distributed import Pmap
 from gfl_jax.models.network import Network
+from gfl_jax.run import experiment_of
 from gfl_jax.training.checkpoint import Checkpoints
-from gfl_jax.training.loop import NonFiniteLossError, abstract_state, check_finite
+from gfl_jax.training.loop import NonFiniteLossError, check_finite
 from gfl_jax.training.metrics import read_metrics
+from gfl_jax.training.step import TrainState, abstract_state
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 6
@@ -66,7 +68,9 @@ class Workspace:
     def state(self, workdir, kind="checkpoints"):
         network = Network(self.experiment.model, Detector().predicts(CLASSES))
         checkpoints = Checkpoints(workdir / kind)
-        return checkpoints.restore(abstract_state(network, self.experiment.train), self.experiment)
+        return TrainState.from_items(
+            checkpoints.restore(abstract_state(network, self.experiment.train).items())
+        )
 
 
 @pytest.fixture(scope="module")
@@ -341,8 +345,10 @@ def test_an_absurd_learning_rate_stops_with_the_reason(workspace, linear_network
     checkpoints = Checkpoints(workdir / "checkpoints")
     assert checkpoints.step == failed
     network = linear_network(None, Detector().predicts(CLASSES))
-    experiment, _ = checkpoints.about()
-    state = checkpoints.restore(abstract_state(network, experiment.train), experiment)
+    experiment = experiment_of(checkpoints.about())
+    state = TrainState.from_items(
+        checkpoints.restore(abstract_state(network, experiment.train).items())
+    )
     assert int(state.step) == failed
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.variables))
     assert steps_of(workdir, "train") == list(range(1, failed + 1))

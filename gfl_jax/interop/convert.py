@@ -32,8 +32,8 @@ from gfl_jax.interop.torch_files import read_torch_file
 from gfl_jax.models.network import Backbone, Model, Network, Variables
 from gfl_jax.models.resnet import BLOCKS
 from gfl_jax.models.ssd import SSDModel
+from gfl_jax.run import describe, load
 from gfl_jax.training.checkpoint import Checkpoints
-from gfl_jax.training.loop import abstract_state
 from gfl_jax.training.step import init_state, sgd
 
 _OLD_NAMES = {
@@ -255,7 +255,10 @@ def import_checkpoint(
         variables = load_pretrained(network, network.init(experiment.train.seed))
     state = init_state(variables, sgd(experiment.train, lambda step: 0.0), experiment.train)
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        checkpoints.save(0, jax.tree.map(np.asarray, state), experiment, about)
+        categories = about["category_ids"], about["category_names"]
+        checkpoints.save(
+            0, jax.tree.map(np.asarray, state).items(), describe(experiment, *categories)
+        )
     return experiment, len(arrays)
 
 
@@ -301,17 +304,14 @@ def export_checkpoint(source: Path, file: Path) -> int:
         import torch
     except ImportError as error:
         raise ValueError("writing a .pth needs torch: pip install torch") from error
-    checkpoints = Checkpoints.find(source)
-    experiment, about = checkpoints.about()
-    names = about["category_names"]
-    network = Network(experiment.model, experiment.detector.predicts(len(names)))
-    variables = checkpoints.restore(
-        abstract_state(network, experiment.train), experiment
-    ).evaluated()
-    arrays = state_dict(network, variables, experiment.detector)
+    run = load(source)
+    arrays = state_dict(run.network, run.variables, run.experiment.detector)
     meta = {
-        "dataset_meta": {"classes": tuple(names), "category_ids": tuple(about["category_ids"])},
-        "gfl_jax": json.dumps(to_dict(experiment)),
+        "dataset_meta": {
+            "classes": tuple(run.category_names),
+            "category_ids": tuple(run.category_ids),
+        },
+        "gfl_jax": json.dumps(to_dict(run.experiment)),
     }
     content = {"meta": meta, "state_dict": {k: torch.from_numpy(v) for k, v in arrays.items()}}
     file.parent.mkdir(parents=True, exist_ok=True)

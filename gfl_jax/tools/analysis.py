@@ -33,11 +33,11 @@ from gfl_jax.coco_eval import ground_truth
 from gfl_jax.data import images
 from gfl_jax.data.batch import Batch
 from gfl_jax.data.coco import PreparedSplit
-from gfl_jax.data.loader import batches, eval_plan
+from gfl_jax.data.loader import batches, eval_plan, open_split
 from gfl_jax.detectors.box import Gaussian, GeneralDistribution
 from gfl_jax.detectors.dense import Detector, flatten
 from gfl_jax.models.network import Network, Variables
-from gfl_jax.training.loop import Run, open_run
+from gfl_jax.run import Run, load
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -62,7 +62,9 @@ class Predictions(NamedTuple):
     centers: Any
 
 
-def predictions(run: Run, count: int, limit: int = 0) -> Iterator[tuple[int, Predictions]]:
+def predictions(
+    run: Run, split: PreparedSplit, count: int, limit: int = 0
+) -> Iterator[tuple[int, Predictions]]:
     """Image ids and the `count` best candidates of each, whatever their score."""
     detector = dataclasses.replace(
         run.experiment.detector,
@@ -72,8 +74,8 @@ def predictions(run: Run, count: int, limit: int = 0) -> Iterator[tuple[int, Pre
     )
     predict = jax.jit(functools.partial(_predict, run.network, detector, count))
     batch_size = run.experiment.train.batch_size
-    plan = eval_plan(run.experiment.data, run.split, batch_size, limit)
-    loaded = batches(plan, run.split, range(plan.steps_per_epoch), run.experiment.data)
+    plan = eval_plan(run.experiment.data, split, batch_size, limit)
+    loaded = batches(plan, split, range(plan.steps_per_epoch), run.experiment.data)
     for host in tqdm(loaded, total=plan.steps_per_epoch, unit=" batches", leave=False):
         found = jax.tree.map(np.asarray, predict(run.variables, host.batch))
         for slot in np.flatnonzero(host.batch.image_mask):
@@ -155,11 +157,13 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(scipy.stats.spearmanr(a, b).statistic)
 
 
-def scores_and_ious(run: Run, count: int, limit: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def scores_and_ious(
+    run: Run, split: PreparedSplit, count: int, limit: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Of the `count` best candidates of every image: score, and IoU with an object of its class."""
-    truth = truth_of(run.split)
+    truth = truth_of(split)
     scores, ious = [], []
-    for image_id, found in predictions(run, count, limit):
+    for image_id, found in predictions(run, split, count, limit):
         objects = truth[image_id]
         iou = overlaps(found.boxes, objects.boxes)
         iou = np.where(found.labels[:, None] == objects.labels, iou, 0).max(1, initial=0)
@@ -198,9 +202,10 @@ def consistency(
         numbers[title] = {}
         images = 0
         for split in ("val", "train"):
-            run = open_run(workdir, split)
-            images = images or len(run.split.image_ids)
-            score, iou = scores_and_ious(run, count, images)
+            run = load(workdir)
+            opened = open_split(run.experiment.data, split)
+            images = images or len(opened.image_ids)
+            score, iou = scores_and_ious(run, opened, count, images)
             placed = iou >= 0.5
             numbers[title] |= {
                 f"{split}, all": rank_correlation(score, iou),
@@ -247,7 +252,7 @@ class Sides(NamedTuple):
     error: np.ndarray
 
 
-def sides_of(run: Run, iou: float = 0.6) -> Sides:
+def sides_of(run: Run, split: PreparedSplit, iou: float = 0.6) -> Sides:
     """Every side of every object whose best-scored candidate overlaps it by `iou`.
 
     Raises:
@@ -257,11 +262,11 @@ def sides_of(run: Run, iou: float = 0.6) -> Sides:
     box = run.experiment.detector.box
     if not isinstance(box, GeneralDistribution | Gaussian):
         raise ValueError(f"{box} says nothing about its certainty; use a General distribution")
-    truth = truth_of(run.split)
+    truth = truth_of(split)
     if all(np.isnan(objects.ambiguity).all() for objects in truth.values()):
         raise ValueError("the annotations have no field 'ambiguity': use the `shapes` data set")
     parts = []
-    for image_id, found in predictions(run, 100):
+    for image_id, found in predictions(run, split, 100):
         objects = truth[image_id]
         good = overlaps(objects.boxes, found.boxes) >= iou
         good &= objects.labels[:, None] == found.labels
@@ -332,8 +337,9 @@ def ambiguity(run: tyro.conf.Positional[Path], out: Path = Path("ambiguity.png")
         run: work directory of a run on `shapes` whose boxes are distributions.
         out: picture to write; examples go beside it as -examples.png, numbers as .json.
     """
-    opened = open_run(run)
-    by_object = sides_of(opened)
+    opened = load(run)
+    split = open_split(opened.experiment.data, "val")
+    by_object = sides_of(opened, split)
     sides = Sides(*(column.reshape(-1) for column in by_object))
     blurred = sides.ambiguity > 0
     if not blurred.any() or blurred.all():
@@ -396,19 +402,19 @@ def ambiguity(run: tyro.conf.Positional[Path], out: Path = Path("ambiguity.png")
     figure.savefig(out, dpi=100)
     plt.close(figure)
     examples = out.with_name(f"{out.stem}-examples.png")
-    _draw_examples(opened, examples)
+    _draw_examples(opened, split, examples)
     out.with_suffix(".json").write_text(json.dumps(numbers, indent=1))
     print(json.dumps(numbers, indent=1))
     print(f"{out}, {examples}, {out.with_suffix('.json')}")
 
 
-def _draw_examples(run: Run, out: Path, count: int = 8) -> None:
+def _draw_examples(run: Run, split: PreparedSplit, out: Path, count: int = 8) -> None:
     """Objects with a clear and an unclear side: the predicted distribution along each side."""
     box: Any = run.experiment.detector.box
-    truth = truth_of(run.split)
-    where = {image_id: i for i, image_id in enumerate(run.split.image_ids.tolist())}
+    truth = truth_of(split)
+    where = {image_id: i for i, image_id in enumerate(split.image_ids.tolist())}
     chosen = []
-    for image_id, found in predictions(run, 100):
+    for image_id, found in predictions(run, split, 100):
         objects = truth[image_id]
         good = (overlaps(objects.boxes, found.boxes) >= 0.7) & (
             objects.labels[:, None] == found.labels
@@ -426,7 +432,7 @@ def _draw_examples(run: Run, out: Path, count: int = 8) -> None:
     for ax in axes.flat:
         ax.axis("off")
     for ax, (_, image_id, i, predicted, raw, strides) in zip(axes.flat, chosen, strict=False):
-        record = run.split.source[where[image_id]]
+        record = split.source[where[image_id]]
         picture = images.decode(record["image"], (record["height"], record["width"]))
         ax.imshow(picture)
         target, sigma = truth[image_id].boxes[i], truth[image_id].ambiguity[i]

@@ -37,11 +37,14 @@ from gfl_jax.config import (
 )
 from gfl_jax.data.loader import open_split
 from gfl_jax.distributed import parallel
+from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.network import Backbone, Model, Network
 from gfl_jax.models.ssd import SSDModel
 from gfl_jax.priors import SSDBoxes
+from gfl_jax.run import describe, load
 from gfl_jax.systems import changed
-from gfl_jax.training.loop import Evaluator, fit, open_run
+from gfl_jax.training.evaluator import Evaluator
+from gfl_jax.training.loop import fit
 from gfl_jax.training.metrics import read_metrics
 
 matplotlib.use("Agg")
@@ -200,7 +203,18 @@ def train_row(experiment: Experiment, workdir: Path) -> dict[str, float]:
     network = Network(experiment.model, predicts)
     devices = parallel(experiment.train.mapping)
     started = time.perf_counter()
-    fit(experiment, network, train_split, val_split, devices, workdir)
+    fit(
+        network,
+        experiment.detector,
+        experiment.data,
+        experiment.train,
+        train_split=train_split,
+        val_split=val_split,
+        devices=devices,
+        workdir=workdir,
+        initial=lambda: load_pretrained(network, network.init(experiment.train.seed)),
+        about=describe(experiment, val_split.category_ids, val_split.category_names),
+    )
     last = [entry for entry in read_metrics(workdir) if entry["kind"] == "val"][-1]
     metrics = {name: last[name] for name in METRICS}
     metrics["minutes"] = (time.perf_counter() - started) / 60
@@ -213,10 +227,11 @@ def speeds(workdirs: list[Path], rounds: int = 5) -> list[float]:
     """Images/s of finished runs with post-processing, measured in turn on their first batches."""
     runs = []
     for workdir in workdirs:
-        experiment, network, variables, split = open_run(workdir)
-        devices = parallel(experiment.train.mapping)
-        evaluator = Evaluator(experiment, network, devices, split)
-        runs.append((evaluator, devices.replicate(variables)))
+        run = load(workdir)
+        detector, data, train = run.experiment.detector, run.experiment.data, run.experiment.train
+        devices, split = parallel(train.mapping), open_split(data, "val")
+        evaluator = Evaluator(run.network, detector, data, devices, split, train.eval_batch)
+        runs.append((evaluator, devices.replicate(run.variables)))
     found = [
         [evaluator.images_per_second(variables, repeats=3)[0] for evaluator, variables in runs]
         for _ in range(rounds)

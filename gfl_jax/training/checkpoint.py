@@ -1,22 +1,20 @@
 """Checkpoints by Orbax: atomic, written in the background, found again by the newest complete step.
 
-A run keeps two folders: `checkpoints`, the newest ones, and `best`, the one of the highest AP. Each
-checkpoint holds the train state, which includes the step and so the position in the data, and the
-experiment. A save that was interrupted leaves nothing that counts as a checkpoint. States are
-copies on the host, of which the first process writes one: any number of processes restores them.
+A checkpoint is a few named items, trees of arrays that can be read one without the other, and a
+plain dictionary about them; what these mean is for `gfl_jax.run` to know. A save that was
+interrupted leaves nothing that counts as a checkpoint. Arrays are copies on the host, of which the
+first process writes one: any number of processes restores them.
 """
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-
-from gfl_jax.config import Experiment, from_dict, to_dict
 
 
 class Checkpoints:
@@ -58,31 +56,28 @@ class Checkpoints:
         """Step of the newest complete checkpoint, None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, experiment: Experiment, info: dict[str, Any]) -> None:
-        """Starts to write a host copy of the state; what is being written already is awaited first.
+    def save(self, step: int, items: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Starts to write the items; a save that is still under way is awaited first.
 
         Args:
             step: names the checkpoint; one that exists is left as it is.
-            state: pytree of host arrays.
-            experiment: what made it.
-            info: small JSON values kept beside it.
+            items: trees of host arrays by name.
+            about: JSON values kept beside them.
 
         Raises:
             OSError: this or the save before failed, for want of space for instance.
         """
         if step in self._manager.all_steps():
             return
-        about = {"experiment": to_dict(experiment), **info}
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
-        )
+        trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args = ocp.args.Composite(about=ocp.args.JsonSave(dict(about)), **trees)
         with self._named_errors():
             self._manager.wait_until_finished()
             self._writing = step
             self._manager.save(step, args=args)
 
-    def about(self) -> tuple[Experiment, dict[str, Any]]:
-        """The experiment and the info of the newest checkpoint.
+    def about(self) -> dict[str, Any]:
+        """What was saved beside the items of the newest checkpoint.
 
         Raises:
             FileNotFoundError: there is no complete checkpoint.
@@ -90,38 +85,31 @@ class Checkpoints:
         if self.step is None:
             raise FileNotFoundError(f"no complete checkpoint in {self.folder}")
         args = ocp.args.Composite(about=ocp.args.JsonRestore())
-        about = dict(self._manager.restore(self.step, args=args)["about"])
-        return from_dict(Experiment, about.pop("experiment")), about
+        return dict(self._manager.restore(self.step, args=args)["about"])
 
-    def restore(self, like: Any, experiment: Experiment) -> Any:
-        """The newest state, on the host.
+    def restore(self, like: Mapping[str, Any]) -> dict[str, Any]:
+        """Items of the newest checkpoint, on the host; those not asked for are not read.
 
         Args:
-            like: a state of the same structure, shapes and dtypes.
-            experiment: what will use it.
+            like: for each item wanted a tree of the same structure, shapes and dtypes.
 
         Raises:
             FileNotFoundError: there is no complete checkpoint.
-            ValueError: the stored state differs from `like`: another model or optimiser; or it was
-                trained with other anchors than those of `experiment`.
+            ValueError: a stored item differs from `like`: it is of another model or optimiser.
         """
-        stored, _ = self.about()
-        if stored.detector.priors != experiment.detector.priors:
-            raise ValueError(
-                f"the checkpoint {self.folder / str(self.step)} was trained with "
-                f"{stored.detector.priors}, detector.priors is {experiment.detector.priors}: its "
-                "weights fit its own anchors only"
-            )
-        abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        if self.step is None:
+            raise FileNotFoundError(f"no complete checkpoint in {self.folder}")
+        abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), dict(like))
+        trees = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         try:
-            state = self._manager.restore(self.step, args=args)["state"]
-            for (path, expected), found in zip(
-                jax.tree.leaves_with_path(abstract), jax.tree.leaves(state), strict=True
+            stored = self._manager.restore(self.step, args=ocp.args.Composite(**trees))
+            items = {name: stored[name] for name in trees}
+            for (path, expected), array in zip(
+                jax.tree.leaves_with_path(abstract), jax.tree.leaves(items), strict=True
             ):
-                if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+                if (array.shape, array.dtype) != (expected.shape, expected.dtype):
                     raise ValueError(
-                        f"{jax.tree_util.keystr(path)} is {found.dtype}{list(found.shape)}, "
+                        f"{jax.tree_util.keystr(path)} is {array.dtype}{list(array.shape)}, "
                         f"expected {expected.dtype}{list(expected.shape)}"
                     )
         except (ValueError, KeyError) as error:
@@ -129,7 +117,7 @@ class Checkpoints:
                 f"the checkpoint {self.folder / str(self.step)} was made by another model or "
                 f"optimiser than this config's; use another --workdir, or that config: {error}"
             ) from error
-        return state
+        return items
 
     def wait(self) -> None:
         """Waits until everything is on disk.

@@ -1,36 +1,31 @@
 """The loop: steps, checkpoints and evaluations, from wherever the work directory left off."""
 
 import contextlib
-import dataclasses
 import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
-import optax
 from tqdm import tqdm
 
-from gfl_jax.coco_eval import Evaluation, evaluate, ground_truth, predict_all
-from gfl_jax.config import Experiment, differences, to_dict
 from gfl_jax.data.coco import PreparedSplit
-from gfl_jax.data.loader import HostBatch, batches, eval_plan, open_split, train_plan
+from gfl_jax.data.loader import Data, HostBatch, batches, train_plan
+from gfl_jax.detectors.dense import Detector
 from gfl_jax.distributed import AXIS, Pmap, Preempted, ShardMap, ahead, is_first, stop_requests
-from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.network import Network, Variables
 from gfl_jax.training.checkpoint import Checkpoints
+from gfl_jax.training.evaluator import Evaluator
 from gfl_jax.training.metrics import MetricsLog
 from gfl_jax.training.step import (
     Train,
     TrainState,
+    abstract_state,
     init_state,
     learning_rate,
-    make_forward,
-    make_predict,
     make_train_step,
     sgd,
 )
@@ -58,107 +53,36 @@ def check_finite(
     )
 
 
-@dataclasses.dataclass
-class Evaluator:
-    """Evaluates variables on a split; everything compiled once."""
-
-    experiment: Experiment
-    network: Network
-    devices: Pmap | ShardMap
-    split: PreparedSplit
-    limit: int = 0
-
-    def __post_init__(self):
-        self.predict = self.devices.map(
-            make_predict(self.network, self.experiment.detector), [True]
-        )
-        batch_size = self.experiment.train.eval_batch * self.devices.count
-        self.plan = eval_plan(self.experiment.data, self.split, batch_size, self.limit)
-        self._forward = self.devices.map(make_forward(self.network), [True])
-        self._truth = ground_truth(self.split)
-
-    def _batches(self, steps: int) -> Iterator[HostBatch]:
-        data, share = self.experiment.data, self.devices.share
-        return batches(self.plan, self.split, range(steps), data, share)
-
-    def __call__(
-        self, variables: Any, before_each: Callable[[], None] = lambda: None
-    ) -> tuple[Evaluation, list[dict[str, Any]]]:
-        """The evaluation and the COCO results of replicated variables; the same on every host.
-
-        `before_each` is called before each batch.
-        """
-        steps = self.plan.steps_per_epoch
-        results = predict_all(
-            self.predict,
-            variables,
-            self._batches(steps),
-            self.devices,
-            self.split,
-            total=steps,
-            before_each=before_each,
-        )
-        image_ids = self.split.image_ids[self.plan.indices].tolist()
-        return evaluate(results, self._truth, image_ids), results
-
-    def images_per_second(self, variables: Any, repeats: int = 5) -> tuple[float, float]:
-        """Throughput on the first batch, with and without post-processing: medians, in turn."""
-        host = next(self._batches(1))
-        shard = self.devices.shard(host.batch)
-        seconds: dict[str, list[float]] = {"all": [], "forward": []}
-        for _ in range(repeats + 1):
-            for name, run in (("all", self.predict), ("forward", self._forward)):
-                start = time.perf_counter()
-                jax.block_until_ready(run(variables, shard))
-                seconds[name].append(time.perf_counter() - start)
-        images = len(host.image_mask)
-        # The first run of each compiles.
-        with_post, without_post = (float(np.median(times[1:])) for times in seconds.values())
-        return images / with_post, images / without_post
-
-
-def abstract_state(network: Network, train: Train) -> TrainState:
-    """Shapes and dtypes of a run's state, to restore it into."""
-    optimizer = sgd(train, optax.constant_schedule(0.0))
-    return jax.eval_shape(lambda: init_state(network.init(0), optimizer, train))
-
-
-class Run(NamedTuple):
-    """A finished run: what it was, its best weights, and images to look at it with."""
-
-    experiment: Experiment
-    network: Network
-    variables: Variables
-    split: PreparedSplit
-
-
-def open_run(workdir: Path, split: str = "val") -> Run:
-    """Opens a work directory.
-
-    Raises:
-        FileNotFoundError: there is no complete checkpoint.
-    """
-    checkpoints = Checkpoints.find(workdir)
-    experiment, about = checkpoints.about()
-    predicts = experiment.detector.predicts(len(about["category_ids"]))
-    network = Network(experiment.model, predicts)
-    state = checkpoints.restore(abstract_state(network, experiment.train), experiment)
-    return Run(experiment, network, state.evaluated(), open_split(experiment.data, split))
-
-
 def fit(
-    experiment: Experiment,
     network: Network,
+    detector: Detector,
+    data: Data,
+    train: Train,
+    *,
     train_split: PreparedSplit,
     val_split: PreparedSplit,
     devices: Pmap | ShardMap,
     workdir: Path,
+    initial: Callable[[], Variables],
+    about: Mapping[str, Any],
 ) -> None:
     """Trains to the end, continuing from the newest checkpoint in `workdir` if there is one.
 
     Writes metrics.jsonl, tensorboard/, checkpoints/, best/ and results.json (COCO results of the
     last evaluation) into it. The result does not depend on interruptions. Of several processes, all
     must see the same `workdir`; the first writes.
+
+    Args:
+        network: what is trained.
+        detector: its losses and detections.
+        data: how images reach the network.
+        train: the schedule.
+        train_split: images to train on.
+        val_split: images to evaluate on.
+        devices: the mapping.
+        workdir: the work directory.
+        initial: makes the weights that a new run begins with.
+        about: stored in every checkpoint.
 
     Raises:
         Preempted: SIGTERM came; the state is saved.
@@ -173,22 +97,21 @@ def fit(
             f"{val_split.category_names}: both annotation files must list the same"
         )
     first = is_first()
-    train = experiment.train
     if train.batch_size % (devices.count * train.accumulate):
         raise ValueError(
             f"train.batch_size {train.batch_size} is not a multiple of {devices.count} devices x "
             f"train.accumulate {train.accumulate}"
         )
-    plan = train_plan(experiment.data, train_split, train.batch_size, train.seed)
+    plan = train_plan(data, train_split, train.batch_size, train.seed)
     per_epoch = plan.steps_per_epoch
     total = train.epochs * per_epoch
     schedule = learning_rate(train, per_epoch)
     optimizer = sgd(train, schedule)
-    step_function = make_train_step(network, experiment.detector, optimizer, schedule, train)
+    step_function = make_train_step(network, detector, optimizer, schedule, train)
     train_step = devices.map(
         functools.partial(step_function, axis_name=AXIS), [False, False, True], donate=True
     )
-    evaluator = Evaluator(experiment, network, devices, val_split)
+    evaluator = Evaluator(network, detector, data, devices, val_split, train.eval_batch)
 
     newest = Checkpoints(workdir / "checkpoints", keep=2, writes=True)
     best = Checkpoints(workdir / "best", writes=True)
@@ -200,18 +123,15 @@ def fit(
             "wait for the file system, then give the same command again"
         )
     if newest.step is None:
-        variables = load_pretrained(network, network.init(train.seed))
-        start, state = 0, init_state(variables, optimizer, train)
+        start, state = 0, init_state(initial(), optimizer, train)
     else:
-        start, state = newest.step, newest.restore(abstract_state(network, train), experiment)
+        items = newest.restore(abstract_state(network, train).items())
+        start, state = newest.step, TrainState.from_items(items)
         print(f"continuing from step {start} of {total} in {newest.folder}")
-        for line in differences(to_dict(newest.about()[0]), to_dict(experiment)):
-            print(f"  changed since that step: {line}")
     state = devices.replicate(state)
     log = MetricsLog(workdir, start, writes=first)
-    best_ap = devices.agree(-math.inf if best.step is None else best.about()[1]["AP"])
+    best_ap = devices.agree(-math.inf if best.step is None else best.about()["AP"])
     evaluated = bool(devices.agree(log.has("val", start)))  # what an interrupted run had done
-    about = {"category_ids": val_split.category_ids, "category_names": val_split.category_names}
 
     checkpoint_every = train.checkpoint_every or per_epoch
     eval_every = (train.eval_every or train.epochs) * per_epoch
@@ -225,7 +145,7 @@ def fit(
 
     loaded = ahead(
         devices,
-        batches(plan, train_split, range(start, total), experiment.data, devices.share),
+        batches(plan, train_split, range(start, total), data, devices.share),
         lambda host: host.batch,
     )
     progress = tqdm(
@@ -248,7 +168,7 @@ def fit(
 
     def save(step: int, state: TrainState) -> None:
         numbers.settle()  # nothing is saved that has not been found finite
-        newest.save(step, finite_copy(state), experiment, about)
+        newest.save(step, finite_copy(state).items(), about)
 
     with stop_requests() as stop, newest, best, contextlib.closing(log), progress:
 
@@ -279,7 +199,7 @@ def fit(
                 if ap > best_ap:
                     best_ap = ap
                     newest.wait()  # with two saves at once processes wait for different ones
-                    best.save(step, finite_copy(state), experiment, about | {"AP": ap})
+                    best.save(step, finite_copy(state).items(), {**about, "AP": ap})
                     best.wait()  # an evaluation that is logged is not done again after a kill
                 log.write("val", step, evaluation.metrics)
                 numbers.restart_clock()

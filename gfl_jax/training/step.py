@@ -1,8 +1,8 @@
 """The optimiser and the one train step, written for one device and mapped over all of them."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,18 @@ class TrainState(NamedTuple):
         """The variables that evaluation uses: averaged parameters if there are any."""
         return self.variables._replace(params=self.ema or self.variables.params)
 
+    def items(self) -> dict[str, Any]:
+        """The state as a checkpoint keeps it: `weights`, for inference; `training`, all else."""
+        raw = self.variables.params if self.ema else {}
+        return {"weights": self.evaluated(), "training": (self.step, self.optimizer, raw)}
+
+    @classmethod
+    def from_items(cls, items: Mapping[str, Any]) -> "TrainState":
+        """The inverse of `items`."""
+        weights, (step, optimizer, raw) = items["weights"], items["training"]
+        variables = weights._replace(params=raw or weights.params)
+        return cls(step, variables, optimizer, weights.params if raw else {})
+
 
 def learning_rate(train: Train, steps_per_epoch: int) -> optax.Schedule:
     """Warm-up times a step schedule; the base rate is scaled by batch_size / 16."""
@@ -142,6 +154,12 @@ def init_state(
         optimizer=optimizer.init(variables.params),
         ema=dict(variables.params) if train.ema_decay else {},
     )
+
+
+def abstract_state(network: Network, train: Train) -> TrainState:
+    """Shapes and dtypes of a run's state, to restore it into."""
+    optimizer = sgd(train, optax.constant_schedule(0.0))
+    return jax.eval_shape(lambda: init_state(network.init(0), optimizer, train))
 
 
 def make_train_step(

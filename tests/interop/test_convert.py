@@ -23,9 +23,9 @@ from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
 from gfl_jax.models.ssd import SSDModel
+from gfl_jax.run import describe, experiment_of
 from gfl_jax.training.checkpoint import Checkpoints
-from gfl_jax.training.loop import abstract_state
-from gfl_jax.training.step import init_state, sgd
+from gfl_jax.training.step import TrainState, abstract_state, init_state, sgd
 
 NAMES = ["cat", "dog", "owl"]
 
@@ -89,10 +89,13 @@ def annotations(tmp_path):
 
 def restored(folder):
     checkpoints = Checkpoints.find(folder)
-    experiment, about = checkpoints.about()
+    about = checkpoints.about()
+    experiment = experiment_of(about)
     names = about["category_names"]
     network = Network(experiment.model, experiment.detector.predicts(len(names)))
-    state = checkpoints.restore(abstract_state(network, experiment.train), experiment)
+    state = TrainState.from_items(
+        checkpoints.restore(abstract_state(network, experiment.train).items())
+    )
     return network, state, experiment, about
 
 
@@ -108,7 +111,7 @@ def test_a_detector_becomes_a_checkpoint_of_step_0(tmp_path, annotations, given)
     network, state, experiment, about = restored(tmp_path / "run")
     assert int(state.step) == 0
     assert experiment == given
-    assert about == {"category_ids": [7, 8, 9], "category_names": NAMES}
+    assert about == describe(experiment, [7, 8, 9], NAMES)
     found = convert.state_dict(network, state.variables, experiment.detector)
     assert found.keys() == expected.keys()
     for name, array in expected.items():
@@ -384,8 +387,8 @@ def test_detectors_unknown_to_mmdetection_are_written_and_read(tmp_path, change)
     network = Network(experiment.model, experiment.detector.predicts(len(NAMES)))
     state = init_state(network.init(1), sgd(experiment.train, lambda step: 0.0), experiment.train)
     checkpoints = Checkpoints(tmp_path / "a/checkpoints")
-    about = {"category_ids": [7, 8, 9], "category_names": NAMES}
-    checkpoints.save(0, jax.tree.map(np.asarray, state), experiment, about)
+    about = describe(experiment, [7, 8, 9], NAMES)
+    checkpoints.save(0, jax.tree.map(np.asarray, state).items(), about)
     checkpoints.close()
     convert.main(tmp_path / "a", tmp_path / "x.pth")
     convert.main(tmp_path / "x.pth", tmp_path / "b")

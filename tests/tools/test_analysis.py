@@ -1,15 +1,19 @@
 """Rank correlation, and the measures of consistency and ambiguity, where the answer is known."""
 
 import json
+from pathlib import Path
 
 import cv2
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gfl_jax import run as run_module
 from gfl_jax.config import Data, Experiment, Train
+from gfl_jax.data.loader import open_split
 from gfl_jax.data.shapes.shapes import Shapes
 from gfl_jax.detectors.box import Deltas, Gaussian, GeneralDistribution
+from gfl_jax.run import Run, load
 from gfl_jax.systems import changed
 from gfl_jax.tools import analysis, tables
 from gfl_jax.tools.analysis import (
@@ -20,8 +24,6 @@ from gfl_jax.tools.analysis import (
     rank_correlation,
     sides_of,
 )
-from gfl_jax.training import loop
-from gfl_jax.training.loop import Run
 
 
 def test_rank_correlation_sees_order_alone():
@@ -64,7 +66,8 @@ def two_bins(mean, extra=0.0):
 def run_of(box, found, truth, monkeypatch):
     monkeypatch.setattr(analysis, "predictions", lambda *_: iter(found))
     monkeypatch.setattr(analysis, "truth_of", lambda _: truth)
-    return Run(changed(Experiment(), detector={"box": box}), None, None, None)
+    experiment = changed(Experiment(), detector={"box": box})
+    return Run(Path(), 0, experiment, [], [], None, None), None
 
 
 def test_spread_and_excess_are_those_of_the_best_candidate_of_each_object(monkeypatch):
@@ -90,7 +93,7 @@ def test_spread_and_excess_are_those_of_the_best_candidate_of_each_object(monkey
             np.stack([target + 1, target]),
         )
     }
-    sides = sides_of(run_of(box, [(7, found)], truth, monkeypatch))
+    sides = sides_of(*run_of(box, [(7, found)], truth, monkeypatch))
     np.testing.assert_array_equal(sides.ambiguity, [ambiguity])  # the other object was not found
     p = np.exp(wide)
     mean = (p * np.arange(17)).sum(1)
@@ -123,7 +126,7 @@ def test_what_dfl_makes_of_a_clear_side_has_no_excess(monkeypatch):
     )
     box = np.array([[0.0, 0.0, 9.0, 9.0]])
     truth = {1: Truth(box, np.array([0]), np.zeros((1, 4)), box)}
-    sides = sides_of(run_of(GeneralDistribution(), [(1, found)], truth, monkeypatch))
+    sides = sides_of(*run_of(GeneralDistribution(), [(1, found)], truth, monkeypatch))
     assert (sides.spread[0, [0, 1, 3]] > 3).all()
     np.testing.assert_allclose(sides.excess, 0, atol=0.05)
 
@@ -140,7 +143,7 @@ def test_a_gaussian_says_its_spread(monkeypatch):
     )
     box = np.array([[0.0, 0.0, 9.0, 9.0]])
     truth = {1: Truth(box, np.array([0]), np.zeros((1, 4)), box)}
-    sides = sides_of(run_of(Gaussian(), [(1, found)], truth, monkeypatch))
+    sides = sides_of(*run_of(Gaussian(), [(1, found)], truth, monkeypatch))
     np.testing.assert_allclose(sides.spread[0], [4, 8, 16, 24], rtol=1e-5)
 
 
@@ -157,16 +160,16 @@ def test_opposite_sides_are_compared_where_one_of_them_is_blurred():
 
 def test_boxes_without_a_spread_and_data_without_ambiguity_are_named(monkeypatch):
     with pytest.raises(ValueError, match="Deltas"):
-        sides_of(run_of(Deltas(), [], {}, monkeypatch))
+        sides_of(*run_of(Deltas(), [], {}, monkeypatch))
     unknown = np.full((1, 4), np.nan)
     truth = {1: Truth(np.zeros((1, 4)), np.zeros(1, int), unknown, unknown)}
     with pytest.raises(ValueError, match="ambiguity"):
-        sides_of(run_of(GeneralDistribution(), [], truth, monkeypatch))
+        sides_of(*run_of(GeneralDistribution(), [], truth, monkeypatch))
 
 
 def test_a_run_is_drawn_with_its_numbers(tmp_path, linear_network, monkeypatch, capsys):
     monkeypatch.setattr(tables, "Network", linear_network)
-    monkeypatch.setattr(loop, "Network", linear_network)
+    monkeypatch.setattr(run_module, "Network", linear_network)
     shapes = Shapes(num_train=12, num_val=9, image_size=(64, 64))
     data = Data(
         "shapes", shapes=shapes, scale=(64, 64), workers=0, cache_dir=str(tmp_path / "cache")
@@ -187,8 +190,8 @@ def test_a_run_is_drawn_with_its_numbers(tmp_path, linear_network, monkeypatch, 
     # So small a network finds nothing; let it have found each object as it is.
     with pytest.raises(ValueError, match="no object"):
         analysis.ambiguity(tmp_path / "run", out=tmp_path / "a.png")
-    run = loop.open_run(tmp_path / "run")
-    truth = analysis.truth_of(run.split)
+    run = load(tmp_path / "run")
+    truth = analysis.truth_of(open_split(run.experiment.data, "val"))
     rng = np.random.default_rng(0)
 
     def found(*_):

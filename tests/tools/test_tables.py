@@ -8,12 +8,13 @@ import cv2
 import numpy as np
 import pytest
 
+from gfl_jax import run as run_module
 from gfl_jax.config import Data, Experiment, Row
 from gfl_jax.models.ssd import SSDModel
 from gfl_jax.systems import ssd512
 from gfl_jax.tools import tables
 from gfl_jax.tools.tables import METRICS, TABLES, data_of, jobs_of, markdown, small
-from gfl_jax.training import loop
+from gfl_jax.training import evaluator
 
 DATA = """
 from gfl_jax.config import Data, Experiment, Train
@@ -63,9 +64,9 @@ def run(folder, linear_network, monkeypatch):
     fitted = []
     fit = tables.fit
 
-    def counted(*arguments):
-        fitted.append(arguments[-1])
-        fit(*arguments)
+    def counted(*arguments, workdir, **others):
+        fitted.append(workdir)
+        fit(*arguments, workdir=workdir, **others)
 
     monkeypatch.setattr(tables, "Network", linear_network)
     monkeypatch.setattr(tables, "fit", counted)
@@ -104,7 +105,7 @@ def test_an_interrupted_row_continues(run, folder, monkeypatch, capsys):
     class Stop(Exception):
         pass
 
-    original, evaluated = loop.Evaluator.__call__, []
+    original, evaluated = evaluator.Evaluator.__call__, []
 
     def stop(self, *arguments):
         evaluated.append(self)
@@ -112,11 +113,11 @@ def test_an_interrupted_row_continues(run, folder, monkeypatch, capsys):
             raise Stop
         return original(self, *arguments)
 
-    monkeypatch.setattr(loop.Evaluator, "__call__", stop)
+    monkeypatch.setattr(evaluator.Evaluator, "__call__", stop)
     with pytest.raises(Stop):
         run(out="interrupted", rows="two", seeds=1)
     assert not (folder / "interrupted" / "1a_two" / "seed0" / "result.json").exists()
-    monkeypatch.setattr(loop.Evaluator, "__call__", original)
+    monkeypatch.setattr(evaluator.Evaluator, "__call__", original)
     assert run(out="interrupted", rows="two", seeds=1) == ["1a_two/seed0"]
     assert "continuing from step" in capsys.readouterr().out
     assert run(out="interrupted", rows="two", seeds=1) == []
@@ -127,15 +128,15 @@ def test_speed_is_the_median_of_runs_in_turn_on_equal_batches(
     run, folder, linear_network, monkeypatch
 ):
     monkeypatch.setattr(tables, "WITH_SPEED", ("1a",))
-    monkeypatch.setattr(loop, "Network", linear_network)
-    measured, original = [], loop.Evaluator.images_per_second
+    monkeypatch.setattr(run_module, "Network", linear_network)
+    measured, original = [], evaluator.Evaluator.images_per_second
 
     def measure(self, variables, repeats):
         assert original(self, variables, 1)[0] > 0
-        measured.append(self.experiment.detector.classification)
+        measured.append(self.detector.classification)
         return 100.0 * len(measured), 0.0
 
-    monkeypatch.setattr(loop.Evaluator, "images_per_second", measure)
+    monkeypatch.setattr(evaluator.Evaluator, "images_per_second", measure)
     run(out="fast", seeds=1)
     two, _, zero = measured[:3]
     assert measured == [two, two, zero] * 5

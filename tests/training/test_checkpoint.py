@@ -24,13 +24,13 @@ from gfl_jax.config import (
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.models.network import Variables
 from gfl_jax.priors import SquareAnchors
+from gfl_jax.run import changes_since, describe, experiment_of
 from gfl_jax.training.checkpoint import Checkpoints
-from gfl_jax.training.step import init_state, sgd
+from gfl_jax.training.step import TrainState, init_state, sgd
 
 ROOT = Path(__file__).parents[2]
 TABLES = sorted(ROOT.glob("configs/table_*.py"))
 CONFIGS = sorted(set(ROOT.glob("configs/*.py")) - set(TABLES))
-INFO = {"category_ids": [3, 7], "category_names": ["cat", "dog"], "AP": 0.25}
 
 
 def state_of(seed=0, ema_decay=0.0, **arrays):
@@ -54,10 +54,18 @@ def state_of(seed=0, ema_decay=0.0, **arrays):
     return jax.device_get(state._replace(step=jnp.int32(seed)))
 
 
+def about_of(experiment=None):
+    return describe(experiment or Experiment(), [3, 7], ["cat", "dog"])
+
+
+def restored(folder, like):
+    return TrainState.from_items(Checkpoints(folder).restore(like.items()))
+
+
 def saved(folder, steps, experiment=None, keep=2, **changes):
     checkpoints = Checkpoints(folder, keep=keep)
     for step in steps:
-        checkpoints.save(step, state_of(step, **changes), experiment or Experiment(), INFO)
+        checkpoints.save(step, state_of(step, **changes).items(), about_of(experiment))
     checkpoints.close()
     return folder
 
@@ -75,7 +83,7 @@ def test_a_state_comes_back_bit_by_bit(tmp_path, ema_decay):
     saved(tmp_path / "c", [5], ema_decay=ema_decay)
     expected = state_of(5, ema_decay)
     like = jax.eval_shape(lambda: state_of(0, ema_decay))
-    found = Checkpoints(tmp_path / "c").restore(like, Experiment())
+    found = restored(tmp_path / "c", like)
     assert_same_bits(found, expected)
     assert int(found.step) == 5
 
@@ -83,7 +91,9 @@ def test_a_state_comes_back_bit_by_bit(tmp_path, ema_decay):
 def test_experiment_and_info_come_back(tmp_path):
     experiment = load_experiment(CONFIGS[0])
     saved(tmp_path / "c", [5], experiment)
-    assert Checkpoints(tmp_path / "c").about() == (experiment, INFO)
+    about = Checkpoints(tmp_path / "c").about()
+    assert about == about_of(experiment)
+    assert experiment_of(about) == experiment
 
 
 def test_the_newest_ones_stay(tmp_path):
@@ -103,9 +113,9 @@ def test_opening_for_reading_deletes_nothing(tmp_path):
 def test_a_step_that_exists_is_left_as_it_is(tmp_path):
     saved(tmp_path / "c", [3])
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    checkpoints.save(3, state_of(9), Experiment(), INFO)
+    checkpoints.save(3, state_of(9).items(), about_of())
     checkpoints.close()
-    assert_same_bits(Checkpoints(tmp_path / "c").restore(state_of(), Experiment()), state_of(3))
+    assert_same_bits(restored(tmp_path / "c", state_of()), state_of(3))
 
 
 def test_what_a_killed_save_leaves_is_no_checkpoint(tmp_path):
@@ -113,19 +123,18 @@ def test_what_a_killed_save_leaves_is_no_checkpoint(tmp_path):
         import os, signal, sys, time
         from pathlib import Path
         import numpy as np
-        from gfl_jax.config import Experiment
         from gfl_jax.training.checkpoint import Checkpoints
 
         def state(step):
             values = np.random.default_rng(step).random(1 << (10 if step == 1 else 25))
-            return {"x": np.resize(values, 1 << 25)}
+            return {"state": {"x": np.resize(values, 1 << 25)}}
 
         folder = Path(sys.argv[1])
         checkpoints = Checkpoints(folder, keep=2)
-        checkpoints.save(1, state(1), Experiment(), {})
+        checkpoints.save(1, state(1), {})
         checkpoints.close()
         checkpoints = Checkpoints(folder, keep=2)
-        checkpoints.save(2, state(2), Experiment(), {})
+        checkpoints.save(2, state(2), {})
         while len(os.listdir(folder)) < 2:
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -139,11 +148,12 @@ def test_what_a_killed_save_leaves_is_no_checkpoint(tmp_path):
     assert found.step == 1
     small = np.random.default_rng(1).random(1 << 10)
     np.testing.assert_array_equal(
-        found.restore({"x": np.empty(1 << 25)}, Experiment())["x"], np.resize(small, 1 << 25)
+        found.restore({"state": {"x": np.empty(1 << 25)}})["state"]["x"],
+        np.resize(small, 1 << 25),
     )
     # The step can be saved after all.
     again = Checkpoints(folder, keep=2)
-    again.save(2, {"x": np.ones(3)}, Experiment(), {})
+    again.save(2, {"state": {"x": np.ones(3)}}, {})
     again.close()
     assert Checkpoints.find(tmp_path).step == 2
 
@@ -175,22 +185,23 @@ def test_a_folder_under_a_temporary_name_is_no_checkpoint(tmp_path, name):
 def test_a_checkpoint_of_another_model_is_named(tmp_path, changes):
     folder = saved(tmp_path / "c", [5])
     with pytest.raises(ValueError, match="another model or") as error:
-        Checkpoints(folder).restore(state_of(**changes), Experiment())
+        restored(folder, state_of(**changes))
     assert str(folder / "5") in str(error.value)
 
 
 def test_weights_are_not_used_with_other_anchors(tmp_path):
     """Weights trained with centres on corners lose AP with centres in the middle, silently."""
-    folder = saved(tmp_path / "c", [5])
+    saved(tmp_path / "checkpoints", [5])
+    assert changes_since(tmp_path, Experiment(train=Train(lr=0.5))) == ["train.lr: 0.01, now 0.5"]
     middle = Experiment(detector=Detector(priors=SquareAnchors(center_offset=0.5)))
     with pytest.raises(ValueError, match=r"center_offset=0\.0.*center_offset=0\.5"):
-        Checkpoints(folder).restore(state_of(), middle)
+        changes_since(tmp_path, middle)
 
 
 def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c")
     assert checkpoints.step is None
-    for read in (checkpoints.about, lambda: checkpoints.restore(state_of(), Experiment())):
+    for read in (checkpoints.about, lambda: checkpoints.restore(state_of().items())):
         with pytest.raises(FileNotFoundError, match=str(tmp_path / "c")):
             read()
 
@@ -242,7 +253,7 @@ def test_a_field_that_does_not_exist_is_named():
 
 def test_an_error_does_not_leave_a_save_half_done(tmp_path):
     with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(1, {"x": np.zeros(1 << 23)}, Experiment(), {})
+        checkpoints.save(1, {"state": {"x": np.zeros(1 << 23)}}, {})
         raise ZeroDivisionError
     assert [child.name for child in (tmp_path / "checkpoints").iterdir()] == ["1"]
     assert Checkpoints.find(tmp_path).step == 1

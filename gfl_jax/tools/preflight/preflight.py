@@ -52,8 +52,13 @@ from gfl_jax.tools.preflight.hlo import (
     collectives,
     parse,
 )
-from gfl_jax.training.loop import abstract_state
-from gfl_jax.training.step import learning_rate, make_predict, make_train_step, sgd
+from gfl_jax.training.step import (
+    abstract_state,
+    learning_rate,
+    make_predict,
+    make_train_step,
+    sgd,
+)
 
 
 def topology_devices(topology: str) -> list[jax.Device]:
