@@ -1,0 +1,126 @@
+"""Will it fit, how fast could it be, which batch? Compiles for TPUs on a machine without one.
+
+    gfl-jax preflight configs/gfl_r50_fpn_1x_coco.py --topology v5e:4x4
+        [--per-device-batch 2 4 8] [--mapping shard_map] [--canvas 800 1344] [--out report.md]
+        [--any.field VALUE]
+
+Compiles the whole train step and the predictions with the compiler that runs on the machines
+themselves (`pip install "gfl-jax[tpu-preflight]"`), and reads the result: the memory of a chip,
+what is sent between chips, and an estimate of the time of a step and of what it is spent on.
+Nothing is computed and no data is opened. A step of full size takes long to compile, gfl_r50's 6 to
+10 minutes on one core. Given several batches, a table says which one is best.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from gfl_jax.config import Experiment, load_experiment, parse_fields
+from gfl_jax.data.loader import Data
+from gfl_jax.data.plan import canvases_of
+from gfl_jax.tools.preflight.compile import preflight
+from gfl_jax.tools.preflight.report import comparison, markdown, to_json, verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class PreflightCommand(Experiment):
+    """What to compile, and for which slice.
+
+    Attributes:
+        topology: version of the TPU and chips along each axis of the slice: v5e:1x1, v5e:4x4,
+            v4:2x2x1, v5p:2x2x1, v6e:4x4, ...
+        per_device_batch: images per chip and step; given several, a table says which is best.
+            train.batch_size follows from it; predictions take train.eval_batch.
+        mapping: of the step; empty: train.mapping.
+        canvas: height and width of the images in pixels; 0 0: the largest canvas of the data,
+            landscape.
+        gts: number of objects that an image is padded to; COCO has up to 96.
+        num_classes: of the data.
+        out: Markdown or JSON file; the other is written beside it. Empty: neither.
+    """
+
+    topology: str = "v5e:2x2"
+    per_device_batch: tuple[int, ...] = (2,)
+    mapping: Literal["", "pmap", "shard_map"] = ""
+    canvas: tuple[int, int] = (0, 0)
+    gts: int = 100
+    num_classes: int = 80
+    out: str = ""
+
+    def __post_init__(self):
+        if min(self.per_device_batch, default=0) < 1:
+            raise ValueError(
+                f"--per-device-batch is {self.per_device_batch}; give positive numbers of images"
+            )
+        if self.canvas != (0, 0) and (min(self.canvas) < 32 or any(s % 32 for s in self.canvas)):
+            raise ValueError(
+                f"--canvas is {self.canvas}; give height and width, multiples of 32, or 0 0"
+            )
+        for field in ("gts", "num_classes"):
+            if getattr(self, field) < 1:
+                name = field.replace("_", "-")
+                raise ValueError(f"--{name} is {getattr(self, field)}; it must be positive")
+
+
+def largest_canvas(data: Data) -> tuple[int, int]:
+    """Height and width of the largest canvas of an experiment's batches, landscape, in pixels."""
+    if not data.keep_ratio:
+        return data.scale[1], data.scale[0]
+    sides = canvases_of(data.scale, data.canvases)[-1]
+    return min(sides), max(sides)
+
+
+def main(arguments: list[str]) -> None:
+    """Compiles an experiment for a slice and reports.
+
+    Args:
+        arguments: the command line: a config file and flags.
+
+    Raises:
+        FileNotFoundError: there is no such config file.
+        ValueError: an argument has no valid value.
+        RuntimeError: libtpu is not installed.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        raise FileNotFoundError(f"the first argument is a config file\n\n{__doc__}")
+    experiment, command = parse_fields(
+        PreflightCommand, load_experiment(arguments[0]), arguments[1:], __doc__
+    )
+    if command.mapping:
+        train = dataclasses.replace(experiment.train, mapping=command.mapping)
+        experiment = dataclasses.replace(experiment, train=train)
+    jax.config.update("jax_platforms", "cpu")  # libtpu would look for chips
+    canvas = command.canvas if any(command.canvas) else largest_canvas(experiment.data)
+
+    results = []
+    for result in preflight(
+        experiment,
+        command.topology,
+        command.per_device_batch,
+        canvas,
+        command.gts,
+        command.num_classes,
+    ):
+        results.append(result)
+        print(f"{verdict(result)}\n", flush=True)
+
+    about = (
+        f"{arguments[0]} on {command.topology}, {experiment.train.mapping}, canvas "
+        f"{canvas[0]} x {canvas[1]}, {experiment.model.dtype}, {command.num_classes} classes, "
+        f"{command.gts} objects an image; jax {jax.__version__}"
+    )
+    table = comparison(results)
+    print(table)
+    report = "\n\n".join(["# Before it runs", about, table, *map(markdown, results)])
+    if not command.out:
+        print(f"\n{report}")
+        return
+    out = Path(command.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".md").write_text(f"{report}\n")
+    values = {"about": about, "jobs": list(map(to_json, results))}
+    out.with_suffix(".json").write_text(json.dumps(values, indent=1))
+    print(f"\nreport {out.with_suffix('.md')}, all numbers {out.with_suffix('.json')}")
