@@ -15,7 +15,7 @@ if __name__ == "__main__":
     use_huge_pages()
 
 from gfl_jax.config import EvalCommand, parse_fields
-from gfl_jax.data.loader import open_split
+from gfl_jax.data.sources import open_split
 from gfl_jax.distributed import is_first, join, parallel
 from gfl_jax.models.network import Network
 from gfl_jax.run import load

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     use_huge_pages()
 
 from gfl_jax.config import TrainCommand, load_experiment, parse_fields
-from gfl_jax.data.loader import open_split
+from gfl_jax.data.sources import open_split
 from gfl_jax.distributed import is_first, join, parallel
 from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.network import Network

@@ -12,7 +12,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from gfl_jax.data.coco import PreparedSplit
+from gfl_jax.data.records import PreparedSplit
 
 METRICS = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
 """pycocotools' twelve numbers, in its order. -1 where there is nothing to measure."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from gfl_jax.data.loader import Data
+from gfl_jax.data.sources import Data
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.distributed import Hosts
 from gfl_jax.models.network import Model

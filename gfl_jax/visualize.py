@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 
 from gfl_jax.data import images
-from gfl_jax.data.coco import PreparedSplit
+from gfl_jax.data.records import PreparedSplit
 from gfl_jax.training.metrics import read_metrics
 
 matplotlib.use("Agg")

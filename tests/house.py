@@ -41,6 +41,8 @@ NOT_OPENED = {
     "gfl_jax.cli": "config files, flags, error messages of the command line",
     "gfl_jax.errors": "the class of errors that a user can fix",
     "gfl_jax.data.coco_format": "preparing: what an annotation file says and whether it is right",
+    "gfl_jax.data.prepare": "preparing: written once, read by gfl_jax.data.records",
+    "gfl_jax.data.tfds_source": "another data set: prepared by tfds",
     "gfl_jax.data.shapes": "another data set: synthetic images",
     "gfl_jax.data.ssd_augment": "SSD's augmentation",
     "gfl_jax.detectors.custom": "losses from a user's file",

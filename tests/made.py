@@ -9,7 +9,7 @@ CONFIG = '''
 """Tiny."""
 
 from gfl_jax.config import Data, Experiment, Train
-from gfl_jax.data.shapes.shapes import Shapes
+from gfl_jax.data.shapes.dataset import Shapes
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.inference import Inference
 from gfl_jax.models.fpn import Neck

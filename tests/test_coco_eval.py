@@ -14,9 +14,10 @@ from pycocotools.cocoeval import COCOeval
 
 from gfl_jax.coco_eval import METRICS, evaluate, ground_truth
 from gfl_jax.config import Data
-from gfl_jax.data.coco import prepare
 from gfl_jax.data.coco_format import CocoFolder
-from gfl_jax.data.loader import batches, eval_plan
+from gfl_jax.data.pipeline import batches
+from gfl_jax.data.plan import eval_plan
+from gfl_jax.data.prepare import prepare
 from gfl_jax.detectors.inference import Detections
 from gfl_jax.distributed import Pmap, ShardMap
 from gfl_jax.training.evaluator import predict_all

@@ -3,9 +3,6 @@
 import house
 
 STILL_TOO_LONG = {
-    "gfl_jax.data.coco",
-    "gfl_jax.data.loader",
-    "gfl_jax.data.shapes.shapes",
     "gfl_jax.detectors.box",
     "gfl_jax.detectors.dense",
     "gfl_jax.distributed",

@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from gfl_jax.data.coco import prepare
 from gfl_jax.data.coco_format import CocoFolder
+from gfl_jax.data.prepare import prepare
 from gfl_jax.visualize import contact_sheet, finish, plot_run
 
 SIZES = {1: (60, 60), 2: (60, 60), 3: (60, 40), 4: (30, 60), 5: (60, 60)}

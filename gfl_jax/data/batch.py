@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 
@@ -22,3 +23,14 @@ class Batch(NamedTuple):
     labels: Int[Array, "b gts"]
     box_mask: Bool[Array, "b gts"]
     image_mask: Bool[Array, " b"]
+
+
+class HostBatch(NamedTuple):
+    """A batch in the memory of the hosts that share it.
+
+    batch: this host's part.  image_ids, image_mask: of the whole batch; which slots are real.
+    """
+
+    batch: Batch
+    image_ids: np.ndarray
+    image_mask: np.ndarray

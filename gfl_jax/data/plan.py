@@ -11,6 +11,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from gfl_jax.data.images import resized_size
+from gfl_jax.data.records import PreparedSplit
+from gfl_jax.data.sources import Data
+
+MIN_SIDE = 32
+"""Smaller images are not trained on, as in the reference."""
 
 
 class Slots(NamedTuple):
@@ -130,3 +135,34 @@ class BatchPlan:
 
     def __hash__(self):
         return id(self)
+
+
+def train_plan(data: Data, split: PreparedSplit, batch_size: int, seed: int) -> BatchPlan:
+    """Batches of the images that have objects, shuffled anew every epoch."""
+    usable = (split.num_boxes > 0) & (split.sizes.min(1) >= MIN_SIDE)
+    return BatchPlan(
+        sizes=split.sizes,
+        indices=np.flatnonzero(usable),
+        batch_size=batch_size,
+        scale=data.scale,
+        canvases=canvases_of(data.scale, data.canvases),
+        multi_scale=data.multi_scale,
+        flip=data.flip,
+        shuffle=True,
+        seed=seed,
+        keep_ratio=data.keep_ratio,
+        augmentation=data.augmentation,
+        repeats=data.repeats,
+    )
+
+
+def eval_plan(data: Data, split: PreparedSplit, batch_size: int, limit: int = 0) -> BatchPlan:
+    """Batches of all images, or of the first `limit` ones if that is not 0."""
+    return BatchPlan(
+        sizes=split.sizes,
+        indices=np.arange(len(split.sizes))[: limit or None],
+        batch_size=batch_size,
+        scale=data.scale,
+        canvases=canvases_of(data.scale),
+        keep_ratio=data.keep_ratio,
+    )

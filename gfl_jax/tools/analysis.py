@@ -32,8 +32,10 @@ from tqdm import tqdm
 from gfl_jax.coco_eval import ground_truth
 from gfl_jax.data import images
 from gfl_jax.data.batch import Batch
-from gfl_jax.data.coco import PreparedSplit
-from gfl_jax.data.loader import batches, eval_plan, open_split
+from gfl_jax.data.pipeline import batches
+from gfl_jax.data.plan import eval_plan
+from gfl_jax.data.records import PreparedSplit
+from gfl_jax.data.sources import open_split
 from gfl_jax.detectors.box import Gaussian, GeneralDistribution
 from gfl_jax.detectors.dense import Detector, flatten
 from gfl_jax.models.network import Network, Variables

@@ -35,7 +35,7 @@ from gfl_jax.config import (
     load_rows,
     to_dict,
 )
-from gfl_jax.data.loader import open_split
+from gfl_jax.data.sources import open_split
 from gfl_jax.distributed import parallel
 from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.network import Backbone, Model, Network

@@ -10,8 +10,11 @@ import numpy as np
 from tqdm import tqdm
 
 from gfl_jax.coco_eval import Evaluation, evaluate, ground_truth
-from gfl_jax.data.coco import PreparedSplit
-from gfl_jax.data.loader import Data, HostBatch, batches, eval_plan
+from gfl_jax.data.batch import HostBatch
+from gfl_jax.data.pipeline import batches
+from gfl_jax.data.plan import eval_plan
+from gfl_jax.data.records import PreparedSplit
+from gfl_jax.data.sources import Data
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.distributed import Pmap, ShardMap, ahead
 from gfl_jax.models.network import Network

@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gfl_jax.data.coco import PreparedSplit
-from gfl_jax.data.loader import Data, HostBatch, batches, train_plan
+from gfl_jax.data.batch import HostBatch
+from gfl_jax.data.pipeline import batches
+from gfl_jax.data.plan import train_plan
+from gfl_jax.data.records import PreparedSplit
+from gfl_jax.data.sources import Data
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.distributed import AXIS, Pmap, Preempted, ShardMap, ahead, is_first, stop_requests
 from gfl_jax.models.network import Network, Variables

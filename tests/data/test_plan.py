@@ -1,14 +1,18 @@
 """What every plan of batches has in common, whatever the images and the settings."""
 
 import dataclasses
+import hashlib
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gfl_jax.data.plan import BatchPlan, canvases_of
+from gfl_jax.config import load_experiment
+from gfl_jax.data.plan import BatchPlan, canvases_of, eval_plan, train_plan
 
 side = st.integers(32, 700)
 
@@ -226,3 +230,30 @@ def test_a_plan_without_images_is_a_clear_error():
 def test_a_plan_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         make([(100, 200)]).seed = 1
+
+
+@pytest.mark.parametrize(
+    ("config", "of_training", "of_evaluation"),
+    [
+        ("gfl_r50_fpn_1x_coco", "0803b9d56cfa16a7", "7c659858c00c9e88"),
+        ("gfl_r50_fpn_ms2x_coco", "c0db6319d48cef34", "7c659858c00c9e88"),
+        ("ssd512_vgg16_coco", "0825ea7a731c8e14", "f51fd5b2406a9500"),
+        ("gfl_r18_fpn_bccd", "edbc747e8cbaa96b", "ac64eb3cf46d8cd9"),
+        ("gfl_r18_fpn_shapes", "ea5746cb0e16fdf8", "a460dbaed1051519"),
+    ],
+)
+def test_plans_of_the_configs_are_those_of_earlier_versions(config, of_training, of_evaluation):
+    rng = np.random.default_rng(0)
+    split = SimpleNamespace(
+        sizes=rng.integers(200, 640, (1000, 2)).astype(np.int32), num_boxes=rng.integers(0, 4, 1000)
+    )
+    data = load_experiment(Path(__file__).parents[2] / f"configs/{config}.py").data
+    for plan, expected in (
+        (train_plan(data, split, 16, 0), of_training),
+        (eval_plan(data, split, 16), of_evaluation),
+    ):
+        digest = hashlib.sha256()
+        for step in range(2 * plan.steps_per_epoch + 1):
+            for value in plan(step):
+                digest.update(np.asarray(value, np.int64).tobytes())
+        assert digest.hexdigest()[:16] == expected

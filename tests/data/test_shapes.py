@@ -7,16 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gfl_jax.data import shapes
-from gfl_jax.data.shapes.shapes import (
-    CLASSES,
-    FADE,
-    OUTWARD,
-    SPLITS,
-    Shapes,
-    make_shapes,
-    render_scene,
-)
+from gfl_jax.data.shapes import dataset, render
+from gfl_jax.data.shapes.dataset import SPLITS, Shapes, make_shapes
+from gfl_jax.data.shapes.render import CLASSES, FADE, OUTWARD, render_scene
 
 SPEC = Shapes(num_train=12, num_val=5, image_size=(96, 128), seed=7)
 
@@ -37,7 +30,7 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sprites():
     rng = np.random.default_rng(0)
-    drawn = (shapes.make_sprite(rng, 160, 192, 0.4) for _ in range(1500))
+    drawn = (render.make_sprite(rng, 160, 192, 0.4) for _ in range(1500))
     return [sprite for sprite in drawn if sprite is not None]
 
 
@@ -139,7 +132,7 @@ def test_another_spec_is_refused(made, field, value):
 
 
 def test_another_version_is_refused(made, monkeypatch):
-    monkeypatch.setattr(shapes, "VERSION", shapes.VERSION + 1)
+    monkeypatch.setattr(dataset, "VERSION", dataset.VERSION + 1)
     with pytest.raises(ValueError, match="version"):
         make_shapes(made, SPEC)
 
@@ -153,14 +146,14 @@ def test_foreign_folder_is_left_alone(tmp_path):
 
 def test_killed_run_is_cleaned_away(tmp_path, monkeypatch):
     spec = Shapes(num_train=6, num_val=0, image_size=(64, 64))
-    write = shapes._write_image
+    write = dataset._write_image
 
     def killed(folder, spec, split, index):
         if index == 3:
             raise KeyboardInterrupt
         return write(folder, spec, split, index)
 
-    monkeypatch.setattr(shapes, "_write_image", killed)
+    monkeypatch.setattr(dataset, "_write_image", killed)
     with pytest.raises(KeyboardInterrupt):
         make_shapes(tmp_path / "shapes", spec)
     assert not (tmp_path / "shapes").exists()
@@ -185,7 +178,7 @@ def test_impossible_spec_is_refused(field, value):
 def test_as_many_shapes_are_blurred_as_asked_for():
     rng, share = np.random.default_rng(0), []
     for blurred in (0.0, 0.4, 1.0):
-        drawn = (shapes.make_sprite(rng, 160, 192, blurred) for _ in range(300))
+        drawn = (render.make_sprite(rng, 160, 192, blurred) for _ in range(300))
         share.append(np.mean([(s.ambiguity > 0).any() for s in drawn if s is not None]))
     assert share[0] == 0
     assert 0.2 < share[1] < 0.4
@@ -213,7 +206,7 @@ def test_sharp_sides_match_the_pixels(sprites):
 def test_blurred_sides_fade_around_the_nominal_side(sprites):
     blurred_sides = ramps = 0
     for sprite in sprites:
-        sigma = sprite.ambiguity / shapes.CLIPPED_STD
+        sigma = sprite.ambiguity / render.CLIPPED_STD
         blurred = sigma > 0
         middle = OUTWARD * (sprite.nominal - pixel_box(sprite.alpha, 0.5))
         end = OUTWARD * (pixel_box(sprite.alpha, 0.02) - sprite.nominal)
@@ -236,7 +229,7 @@ def test_blurred_sides_fade_around_the_nominal_side(sprites):
 )
 def test_bound(window, expected):
     triangle = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 2.0]])
-    found = shapes.bound(triangle, np.array(window, float))
+    found = render.bound(triangle, np.array(window, float))
     if expected is None:
         assert found is None
     else:
@@ -253,12 +246,12 @@ def test_ambiguity_is_the_standard_deviation_of_the_label(sprites):
     noise = ((box - nominal)[blurred]) / ambiguity[blurred]
     assert abs(noise.mean()) < 0.15
     assert abs(noise.std() - 1) < 0.1
-    assert np.abs(noise).max() <= FADE / shapes.CLIPPED_STD + 1e-6
+    assert np.abs(noise).max() <= FADE / render.CLIPPED_STD + 1e-6
 
 
 def test_clipped_std():
     draws = np.clip(np.random.default_rng(0).standard_normal(1_000_000), -FADE, FADE)
-    assert draws.std() == pytest.approx(shapes.CLIPPED_STD, abs=2e-3)
+    assert draws.std() == pytest.approx(render.CLIPPED_STD, abs=2e-3)
 
 
 def test_sides_at_the_border_are_exact(sprites):
@@ -273,15 +266,15 @@ def test_sides_at_the_border_are_exact(sprites):
 
 def test_scenes(scenes):
     counts = np.bincount([len(found) for _, found in scenes], minlength=1)
-    assert counts[0] > 0 and len(counts) == shapes.MAX_SHAPES + 1
+    assert counts[0] > 0 and len(counts) == render.MAX_SHAPES + 1
     found = [shape for _, scene in scenes for shape in scene]
     assert {shape.label for shape in found} == set(range(len(CLASSES)))
-    assert min(shape.visible for shape in found) >= shapes.MIN_VISIBLE
+    assert min(shape.visible for shape in found) >= render.MIN_VISIBLE
     assert max(shape.visible for shape in found) == 1
     assert any(shape.visible < 0.8 for shape in found)
     sides = np.array([np.subtract(shape.nominal[2:], shape.nominal[:2]) for shape in found])
-    assert sides.min() > shapes.MIN_SIDE - 0.3
-    assert sides.max() < 1.25 * shapes.MAX_SIDE * 128
+    assert sides.min() > render.MIN_SIDE - 0.3
+    assert sides.max() < 1.25 * render.MAX_SIDE * 128
     for image, _ in scenes:
         assert image.dtype == np.uint8 and image.shape == (128, 160, 3)
         assert image.std() > 3
@@ -295,4 +288,4 @@ def test_any_size_and_seed(seed, height, width):
     for shape in found:
         x0, y0, x1, y1 = shape.box
         assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
-        assert shapes.MIN_VISIBLE <= shape.visible <= 1
+        assert render.MIN_VISIBLE <= shape.visible <= 1

@@ -10,8 +10,8 @@ import pytest
 
 from gfl_jax import run as run_module
 from gfl_jax.config import Data, Experiment, Train
-from gfl_jax.data.loader import open_split
-from gfl_jax.data.shapes.shapes import Shapes
+from gfl_jax.data.shapes.dataset import Shapes
+from gfl_jax.data.sources import open_split
 from gfl_jax.detectors.box import Deltas, Gaussian, GeneralDistribution
 from gfl_jax.run import Run, load
 from gfl_jax.systems import changed

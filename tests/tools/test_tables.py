@@ -18,7 +18,7 @@ from gfl_jax.training import evaluator
 
 DATA = """
 from gfl_jax.config import Data, Experiment, Train
-from gfl_jax.data.shapes.shapes import Shapes
+from gfl_jax.data.shapes.dataset import Shapes
 
 experiment = Experiment(
     data=Data(

@@ -19,8 +19,8 @@ from typing import Literal
 import jax
 
 from gfl_jax.config import Experiment, load_experiment, parse_fields
-from gfl_jax.data.loader import Data
 from gfl_jax.data.plan import canvases_of
+from gfl_jax.data.sources import Data
 from gfl_jax.tools.preflight.compile import preflight
 from gfl_jax.tools.preflight.report import comparison, markdown, to_json, verdict
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from gfl_jax.config import load_experiment
-from gfl_jax.data.loader import Data
+from gfl_jax.data.sources import Data
 from gfl_jax.tools.preflight.command import PreflightCommand, largest_canvas, main
 from gfl_jax.tools.preflight.compile import OutOfMemory, needed_and_available, preflight
 from gfl_jax.tools.preflight.topology import GIB

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from gfl_jax.data import coco, images
+from gfl_jax.data import images, tfds_source
+from gfl_jax.data import prepare as preparing
 from gfl_jax.data.coco_format import CocoFolder, DataError, check
 
 BOX = [4.5, 5.25, 10.5, 8.0]
@@ -66,7 +67,7 @@ def test_prepared_images_and_boxes_are_those_of_the_json(tmp_path, capsys):
         annotation(id=2, image_id=20, bbox=[1.01, 2.02, 1.0, 1.0]),
     ]
     folder = make(tmp_path, annotations)
-    split = coco.prepare(folder, tmp_path / "cache")
+    split = preparing.prepare(folder, tmp_path / "cache")
     assert split.image_ids.tolist() == [10, 20, 30, 40]
     assert split.image_ids.dtype == np.int64
     assert split.sizes.tolist() == [[32, 48]] * 4
@@ -167,13 +168,13 @@ def test_a_bad_image_is_named_or_left_out(tmp_path, kind, bad):
     (folder.images / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     (folder.images / "text.jpg").write_text("no image")
     with pytest.raises(DataError) as error:
-        coco.prepare(folder, tmp_path / "cache")
+        preparing.prepare(folder, tmp_path / "cache")
     (problem,) = error.value.problems
     assert (problem.kind, problem.image_id, problem.file) == (kind, bad["id"], bad["file_name"])
     assert f"{bad['file_name']}, image {bad['id']}" in str(error.value)
     assert not list((tmp_path / "cache").glob("**/*.array_record*"))
 
-    split = coco.prepare(folder, tmp_path / "cache", "skip")
+    split = preparing.prepare(folder, tmp_path / "cache", "skip")
     assert split.image_ids.tolist() == [10, 20, 30, 40]
     assert [split.source[i]["image_id"] for i in range(4)] == [10, 20, 30, 40]
     report = report_of(split)
@@ -223,14 +224,14 @@ def test_an_unreadable_json_always_raises(tmp_path, kind, text, on_error):
     if text is not None:
         folder.annotations.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=kind) as error:
-        coco.prepare(folder, tmp_path / "cache", on_error)
+        preparing.prepare(folder, tmp_path / "cache", on_error)
     assert str(folder.annotations) in str(error.value)
 
 
 def test_a_missing_image_folder_is_named(tmp_path):
     folder = CocoFolder(make(tmp_path).annotations, tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"missing image folder[^$]*nowhere"):
-        coco.prepare(folder, tmp_path / "cache")
+        preparing.prepare(folder, tmp_path / "cache")
 
 
 def test_all_kinds_of_problems_are_listed_at_once(tmp_path):
@@ -251,7 +252,7 @@ def test_formats_and_rotation_keep_their_bytes(tmp_path):
     folder = make(tmp_path, images=[entry(1, file_name="sub/wide.png")])
     (folder.images / "sub").mkdir()
     cv2.imwrite(str(folder.images / "sub" / "wide.png"), wide)
-    sample = coco.prepare(folder, tmp_path / "cache", "skip").source[0]
+    sample = preparing.prepare(folder, tmp_path / "cache", "skip").source[0]
     assert sample["image"] == (folder.images / "sub" / "wide.png").read_bytes()
     np.testing.assert_array_equal(images.decode(sample["image"])[..., 0], wide >> 8)
 
@@ -259,40 +260,40 @@ def test_formats_and_rotation_keep_their_bytes(tmp_path):
 def test_the_cache_may_lie_beside_the_images(tmp_path):
     folder = make(tmp_path)
     (folder.images / "gone.jpg").symlink_to(tmp_path / "gone.jpg")
-    first, again = (coco.prepare(folder, folder.images / "cache") for _ in range(2))
+    first, again = (preparing.prepare(folder, folder.images / "cache") for _ in range(2))
     assert first.source.directory == again.source.directory
 
 
 def test_a_prepared_folder_is_found_again_until_it_changes(tmp_path, monkeypatch):
     folder = make(tmp_path)
-    first = coco.prepare(folder, tmp_path / "cache")
+    first = preparing.prepare(folder, tmp_path / "cache")
 
     def no_reading(*_):
         raise AssertionError("read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(coco, "check", no_reading)
+        patch.setattr(preparing, "check", no_reading)
         patch.setattr(images, "decode", no_reading)
-        again = coco.prepare(folder, tmp_path / "cache")
+        again = preparing.prepare(folder, tmp_path / "cache")
         assert again.source.directory == first.source.directory
         np.testing.assert_array_equal(again.num_boxes, first.num_boxes)
         with pytest.raises(AssertionError):
-            coco.prepare(folder, tmp_path / "cache", "skip")
+            preparing.prepare(folder, tmp_path / "cache", "skip")
     image_file(folder.images / "1.jpg", seed=99)
-    changed = coco.prepare(folder, tmp_path / "cache")
+    changed = preparing.prepare(folder, tmp_path / "cache")
     assert changed.source.directory != first.source.directory
     assert changed.source[0]["image"] == (folder.images / "1.jpg").read_bytes()
     make(tmp_path, [annotation()])
-    assert coco.prepare(folder, tmp_path / "cache").num_boxes.tolist() == [1, 0, 0, 0]
+    assert preparing.prepare(folder, tmp_path / "cache").num_boxes.tolist() == [1, 0, 0, 0]
 
 
 def test_preparing_is_deterministic_whatever_the_shards(tmp_path, monkeypatch):
     folder = make(tmp_path)
     (folder.images / "2.jpg").write_bytes(b"broken")
-    one = coco.prepare(folder, tmp_path / "one", "skip")
-    same = coco.prepare(folder, tmp_path / "same", "skip")
-    monkeypatch.setattr(coco, "_SHARD_BYTES", 1)  # a shard for each image, one without any
-    many = coco.prepare(folder, tmp_path / "many", "skip")
+    one = preparing.prepare(folder, tmp_path / "one", "skip")
+    same = preparing.prepare(folder, tmp_path / "same", "skip")
+    monkeypatch.setattr(preparing, "_SHARD_BYTES", 1)  # a shard for each image, one without any
+    many = preparing.prepare(folder, tmp_path / "many", "skip")
     assert len(list(many.source.directory.glob("*.array_record*"))) == 4
     for split in (one, same, many):
         assert [sample["image_id"] for sample in split.source] == [10, 30, 40]
@@ -306,7 +307,7 @@ def test_a_killed_preparation_does_not_count(tmp_path):
     paths = (str(folder.annotations), str(folder.images))
     script = f"""
         import pathlib, time
-        from gfl_jax.data import coco, images
+        from gfl_jax.data import images, prepare as preparing, tfds_source
         from gfl_jax.data.coco_format import CocoFolder
         decode = images.decode
         def slow(data, size, name):
@@ -316,12 +317,12 @@ def test_a_killed_preparation_does_not_count(tmp_path):
             return decode(data, size, name)
         images.decode = slow
         folder = CocoFolder(*map(pathlib.Path, {paths!r}))
-        coco.prepare(folder, {str(tmp_path / "cache")!r})
+        preparing.prepare(folder, {str(tmp_path / "cache")!r})
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)],
         stderr=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": str(Path(coco.__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": str(Path(preparing.__file__).parents[2])},
     )
     deadline = time.monotonic() + 30
     while not (tmp_path / "reached").exists():
@@ -331,7 +332,7 @@ def test_a_killed_preparation_does_not_count(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list((tmp_path / "cache").glob("**/report.json"))
-    split = coco.prepare(folder, tmp_path / "cache")
+    split = preparing.prepare(folder, tmp_path / "cache")
     assert [sample["image_id"] for sample in split.source] == [10, 20, 30, 40]
     assert not list((tmp_path / "cache").glob("**/incomplete*"))
 
@@ -341,7 +342,7 @@ def read_second(source):
 
 
 def test_another_process_can_read(tmp_path):
-    split = coco.prepare(make(tmp_path), tmp_path / "cache")
+    split = preparing.prepare(make(tmp_path), tmp_path / "cache")
     assert split.source[0]["image_id"] == 10  # has open files
     copy = pickle.loads(pickle.dumps(split))
     assert copy.source[2]["filename"] == "3.jpg"
@@ -397,11 +398,13 @@ class Coco(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 def test_a_dataset_of_tfds_reads_the_same(tmp_path, monkeypatch, given):
     folder = make(tmp_path)
     monkeypatch.setattr(Coco, "folder", tmp_path)
-    monkeypatch.setattr(coco, "_COCO_IDS", [3, 7])  # the two classes here stand for COCO's 80
+    monkeypatch.setattr(
+        tfds_source, "_COCO_IDS", [3, 7]
+    )  # the two classes here stand for COCO's 80
     Coco(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
     arguments = ("coco/2017", "train", tmp_path / "tfds", tmp_path / "cache")
     annotations = folder.annotations if given else None
-    split = coco.open_tfds(*arguments, annotations)
+    split = tfds_source.open_tfds(*arguments, annotations)
     order = np.argsort(split.image_ids)
     assert split.image_ids[order].tolist() == [10, 20, 30, 40]
     assert split.num_boxes[order].tolist() == [1, 1, 1, 0]
@@ -416,14 +419,14 @@ def test_a_dataset_of_tfds_reads_the_same(tmp_path, monkeypatch, given):
     assert sample["crowd"].tolist() == [False, True, False]
     assert sample["ignore"].tolist() == [False, False, True]
 
-    monkeypatch.setattr(coco, "_tfds_table", None)  # not built again
-    again = coco.open_tfds(*arguments, annotations)
+    monkeypatch.setattr(tfds_source, "_tfds_table", None)  # not built again
+    again = tfds_source.open_tfds(*arguments, annotations)
     np.testing.assert_array_equal(again.num_boxes, split.num_boxes)
-    assert len(coco.open_tfds("coco/2017:1.1.0", *arguments[1:], annotations).source) == 4
+    assert len(tfds_source.open_tfds("coco/2017:1.1.0", *arguments[1:], annotations).source) == 4
     with pytest.raises(DataError, match="tfds build coco/2014 --file_format=array_record"):
-        coco.open_tfds("coco/2014", *arguments[1:])
+        tfds_source.open_tfds("coco/2014", *arguments[1:])
     with pytest.raises(DataError, match="Unknown split 'test'"):
-        coco.open_tfds("coco/2017", "test", *arguments[2:])
+        tfds_source.open_tfds("coco/2017", "test", *arguments[2:])
 
 
 def test_a_json_of_another_dataset_is_refused(tmp_path, monkeypatch):
@@ -432,6 +435,6 @@ def test_a_json_of_another_dataset_is_refused(tmp_path, monkeypatch):
     folder = make(tmp_path, images=[entry(1)])
     Coco(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
     with pytest.raises(DataError, match="lists no image"):
-        coco.open_tfds(*arguments, folder.annotations)
+        tfds_source.open_tfds(*arguments, folder.annotations)
     with pytest.raises(DataError, match="2 classes, where the annotations have 80"):
-        coco.open_tfds(*arguments)
+        tfds_source.open_tfds(*arguments)

@@ -1,6 +1,7 @@
 """Batches of a small COCO folder: pixels and boxes agree, and any step can be had alone."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -11,16 +12,10 @@ import numpy as np
 import pytest
 
 from gfl_jax.config import Data
-from gfl_jax.data import coco
 from gfl_jax.data.coco_format import CocoFolder
-from gfl_jax.data.loader import (
-    ImageCache,
-    batches,
-    eval_plan,
-    load_batch,
-    max_boxes_of,
-    train_plan,
-)
+from gfl_jax.data.pipeline import ImageCache, batches, load_batch, max_boxes_of
+from gfl_jax.data.plan import eval_plan, train_plan
+from gfl_jax.data.prepare import prepare
 
 BACKGROUND = (30, 60, 90)
 COLOURS = ((250, 20, 10), (10, 240, 40))  # RGB of the objects of each class
@@ -72,7 +67,7 @@ def split(tmp_path_factory):
         "categories": [{"id": 10, "name": "red"}, {"id": 11, "name": "green"}],
     }
     (root / "annotations.json").write_text(json.dumps(content))
-    return coco.prepare(CocoFolder(root / "annotations.json", root / "images"), root / "cache")
+    return prepare(CocoFolder(root / "annotations.json", root / "images"), root / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -322,6 +317,33 @@ def test_images_kept_in_memory_change_nothing(split, data):
         if data.augmentation == "ssd":  # what is kept are the originals
             for (index, _), (image, _) in cache.images.items():
                 assert image.shape[:2] == SIZES[index]
+
+
+@pytest.mark.parametrize(
+    ("data", "of_training", "of_evaluation"),
+    [
+        (DATA, "3656aeace6a9556d", "c1b55355d7c0d07f"),
+        (STRETCHED, "ef92fad88b6c23d9", "85db3da1dd6f5c4f"),
+        (SSD, "af6c419302767ced", "85db3da1dd6f5c4f"),
+    ],
+    ids=["kept ratio", "stretched", "augmented"],
+)
+def test_batches_are_those_of_earlier_versions(split, data, of_training, of_evaluation):
+    """Digests from before BatchPlan and Data were taken apart; boxes to a tenth of a pixel."""
+    plans = train_plan(data, split, batch_size=3, seed=3), eval_plan(data, split, batch_size=3)
+    for plan, expected in zip(plans, (of_training, of_evaluation), strict=True):
+        digest = hashlib.sha256()
+        for step in range(2 * plan.steps_per_epoch + 1):
+            for value in plan(step):
+                digest.update(np.asarray(value, np.int64).tobytes())
+            batch, image_ids, image_mask = load(step, plan, split)
+            boxes = np.rint(batch.boxes * 10).astype(np.int32)
+            for array in (
+                *(batch.images, batch.sizes, batch.scales, batch.labels, batch.box_mask),
+                *(batch.image_mask, image_ids, image_mask, boxes),
+            ):
+                digest.update(np.ascontiguousarray(array).tobytes())
+        assert digest.hexdigest()[:16] == expected
 
 
 def test_an_image_in_memory_is_not_decoded_again():

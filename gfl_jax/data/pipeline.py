@@ -1,0 +1,162 @@
+"""Loads planned batches and feeds them through Grain workers."""
+
+import dataclasses
+import functools
+import gc
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain.python as grain
+import numpy as np
+from absl import flags
+
+from gfl_jax.data import images
+from gfl_jax.data.batch import Batch, HostBatch
+from gfl_jax.data.plan import BatchPlan
+from gfl_jax.data.records import PreparedSplit
+from gfl_jax.data.sources import Data
+from gfl_jax.data.ssd_augment import ssd_augment
+
+
+@dataclasses.dataclass
+class ImageCache:
+    """Images and their scales kept in memory, until `limit` bytes are taken.
+
+    They are resized ones, or originals where every epoch makes something else of them. Small data
+    sets at one scale are so decoded once instead of in every epoch.
+    """
+
+    limit: int
+    taken: int = 0
+    images: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def get(self, key: Any, load: Callable[[], tuple[np.ndarray, Any]]) -> tuple[np.ndarray, Any]:
+        """What `load` returns for this key, from memory if it is there; not to be written to."""
+        if key not in self.images:
+            loaded = load()
+            if self.taken + loaded[0].nbytes > self.limit:
+                return loaded
+            self.taken += loaded[0].nbytes
+            self.images[key] = loaded
+        return self.images[key]
+
+
+def load_batch(
+    step: int,
+    *,
+    plan: BatchPlan,
+    split: PreparedSplit,
+    max_boxes: int,
+    cache: ImageCache,
+    share: tuple[int, int] = (0, 1),
+) -> HostBatch:
+    """Decodes, augments and pads images of a step; keeps boxes that are ground truth.
+
+    What is random follows from the plan's seed, the step and the slot alone. Of `share` (index,
+    count) hosts, each loads as many slots, in order.
+    """
+    slots = plan(step)
+    size = len(slots.images) // share[1]
+    first = share[0] * size
+    arrays: dict[str, Any] = dict(
+        images=np.zeros((size, *slots.canvas, 3), np.uint8),
+        sizes=np.zeros((size, 2), np.int32),
+        scales=np.ones((size, 2), np.float32),
+        boxes=np.zeros((size, max_boxes, 4), np.float32),
+        labels=np.zeros((size, max_boxes), np.int32),
+        box_mask=np.zeros((size, max_boxes), bool),
+        image_mask=slots.real[first : first + size],
+    )
+    for slot, index in enumerate(slots.images[first : first + size]):
+        record = split.source[int(index)]
+        stated = (record["height"], record["width"])
+
+        def decoded(record=record, stated=stated):
+            image = images.decode(record["image"], stated, record["filename"])
+            if plan.augmentation == "ssd":
+                return image, (1.0, 1.0)
+            if plan.keep_ratio:
+                return images.resize_keep_ratio(image, plan.scale[0], slots.short_side)
+            return images.resize(image, slots.canvas)
+
+        image, scale = cache.get((int(index), slots.short_side), decoded)
+        keep = ~(record["crowd"] | record["ignore"])
+        boxes, labels = record["boxes"][keep], record["labels"][keep]
+        if plan.augmentation == "ssd":
+            # The plan's own generators have shorter keys, which numpy extends by zeros.
+            rng = np.random.default_rng((plan.seed, step, first + slot, 1))
+            image, boxes, labels, scale = ssd_augment(image, boxes, labels, slots.canvas, rng)
+        else:
+            boxes = images.scale_boxes(boxes, scale, image.shape[:2])
+        if slots.flip[first + slot]:
+            image, boxes = images.flip(image, boxes)
+        height, width = image.shape[:2]
+        arrays["images"][slot, :height, :width] = image
+        arrays["sizes"][slot] = height, width
+        arrays["scales"][slot] = scale
+        if slots.real[first + slot]:
+            arrays["boxes"][slot, : len(boxes)] = boxes
+            arrays["labels"][slot, : len(boxes)] = labels
+            arrays["box_mask"][slot, : len(boxes)] = True
+    return HostBatch(Batch(**arrays), split.image_ids[slots.images], slots.real)
+
+
+def max_boxes_of(split: PreparedSplit) -> int:
+    """The number of objects every image is padded to: that of the fullest one, up to eight more."""
+    return int(-(-max(split.num_boxes.max(), 1) // 8) * 8)
+
+
+def _own_copy(host: HostBatch) -> HostBatch:
+    """Out of memory shared with workers, which counts as leaked if jax still looks into it."""
+    copies: Any = map(np.array, host.batch)
+    return HostBatch(Batch(*copies), np.array(host.image_ids), np.array(host.image_mask))
+
+
+def _outlive_preemption(_worker: int, _count: int) -> None:
+    """A SIGTERM may come to the whole process group; the main process still takes a step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def batches(
+    plan: BatchPlan,
+    split: PreparedSplit,
+    steps: range,
+    data: Data,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[HostBatch]:
+    """The batches of these steps in order, prepared ahead by workers or threads.
+
+    Args:
+        plan: what is in them.
+        split: the images.
+        steps: which batches.
+        data: workers and memory.
+        share: (index, count) of this host among those that share each batch.
+    """
+    load = functools.partial(
+        load_batch,
+        plan=plan,
+        split=split,
+        max_boxes=max_boxes_of(split),
+        cache=ImageCache(data.cache_megabytes * 2**20),
+        share=share,
+    )
+    if not len(steps):
+        return
+    dataset = grain.MapDataset.range(steps.start, steps.stop).map(load)
+    read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    iterable = dataset.to_iter_dataset(read)
+    if data.workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags
+        options = grain.MultiprocessingOptions(num_workers=data.workers)
+        iterable = iterable.mp_prefetch(options, worker_init_fn=_outlive_preemption)
+        iterable = iterable.map(_own_copy)
+    iterator = iter(iterable)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+        del iterator
+        gc.collect()  # its cycles hold memory shared with workers

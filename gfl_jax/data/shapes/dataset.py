@@ -1,0 +1,186 @@
+"""`shapes`, the default dataset: made here from a seed, so that nothing need be downloaded.
+
+Textured shapes of six classes lie at many scales over cluttered backgrounds, some partly hidden,
+some casting a shadow. Some of their sides are *blurred*: there the shape fades out over a ramp and
+no annotator could say where it ends, so the label of that side is drawn at random around the
+ramp's middle, and the standard deviation of that draw, the side's *ambiguity*, is written down
+with the label. What a detector believes about a side can so be compared with the truth.
+
+The dataset is an ordinary COCO folder::
+
+    root/spec.json                            the `Shapes` it was made from
+    root/train/000000.jpg ...                 root/val/000000.jpg ...
+    root/annotations/instances_train.json     root/annotations/instances_val.json
+
+with three fields more per annotation: `ambiguity` [left, top, right, bottom], in pixels;
+`nominal_bbox`, the box before its blurred sides were drawn; and `visible`.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from gfl_jax.data.shapes.render import CLASSES, MIN_SIDE, Shape, render_scene
+
+SPLITS = ("train", "val")
+VERSION = 1  # to be raised whenever the same spec would give other images or labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What the dataset is made of. Equal specs give equal datasets.
+
+    Attributes:
+        num_train: Number of training images.
+        num_val: Number of validation images.
+        image_size: (height, width) of every image, in pixels.
+        seed: Any non-negative integer. Image `i` of a split depends on nothing but the seed, the
+            split, `i`, the image size and `blurred`, so a larger dataset begins with the smaller.
+        blurred: The chance to try and blur one or two sides of a shape; about a third cannot be.
+    """
+
+    num_train: int = 3000
+    num_val: int = 200
+    image_size: tuple[int, int] = (128, 128)
+    seed: int = 0
+    blurred: float = 0.4
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where no dataset could be made."""
+        if not 0 <= self.blurred <= 1:
+            raise ValueError(f"Shapes.blurred must be a probability: {self.blurred}")
+        for field in ("num_train", "num_val", "seed"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"Shapes.{field} must not be negative: {getattr(self, field)}")
+        if len(self.image_size) != 2 or min(self.image_size) < 2 * MIN_SIDE:
+            raise ValueError(
+                f"Shapes.image_size must be (height, width), each at least {2 * MIN_SIDE:.0f} px: "
+                f"{self.image_size}"
+            )
+
+
+def _write_image(folder: Path, spec: Shapes, split: str, index: int) -> list[Shape]:
+    """Renders and writes image `index` of a split; returns its shapes."""
+    rng = np.random.default_rng((spec.seed, SPLITS.index(split), index))
+    image, shapes = render_scene(rng, *spec.image_size, spec.blurred)
+    path = folder / split / f"{index:06d}.jpg"
+    if not cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95]):
+        raise OSError(f"cannot write {path}")
+    return shapes
+
+
+def _annotations(spec: Shapes, split: str, scenes: list[list[Shape]]) -> dict[str, Any]:
+    """Puts the labels of a split into COCO's format; `area` is that of the box."""
+
+    def xywh(box: tuple[float, ...]) -> list[float]:
+        x0, y0, x1, y1 = (round(value, 2) for value in box)
+        return [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)]
+
+    height, width = spec.image_size
+    ids = itertools.count(1)
+    return {
+        "info": {"description": f"gfl_jax shapes, {split}", "spec": _described(spec)},
+        "images": [
+            {"id": i + 1, "file_name": f"{i:06d}.jpg", "width": width, "height": height}
+            for i in range(len(scenes))
+        ],
+        "annotations": [
+            {
+                "id": next(ids),
+                "image_id": i + 1,
+                "category_id": shape.label + 1,
+                "bbox": xywh(shape.box),
+                "area": round(float(np.prod(xywh(shape.box)[2:])), 2),
+                "iscrowd": 0,
+                "ambiguity": [round(value, 3) for value in shape.ambiguity],
+                "nominal_bbox": xywh(shape.nominal),
+                "visible": round(shape.visible, 3),
+            }
+            for i, scene in enumerate(scenes)
+            for shape in scene
+        ],
+        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)],
+    }
+
+
+def _described(spec: Shapes) -> dict[str, Any]:
+    """Returns the spec as JSON gives it back."""
+    return json.loads(json.dumps({"version": VERSION, **dataclasses.asdict(spec)}))
+
+
+def _is_made(root: Path, spec: Shapes) -> bool:
+    """Says whether the folder holds this dataset; raises ValueError if it holds anything else."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return False
+    try:
+        found = json.loads((root / "spec.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{root} is in the way: not a folder that make_shapes has made") from error
+    for field, value in _described(spec).items():
+        if found.get(field) != value:
+            raise ValueError(
+                f"{root} holds other shapes: its {field} is {found.get(field)}, asked for is "
+                f"{value}; delete the folder or name another"
+            )
+    return True
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Waits until no other process is making the folder."""
+    with open(root.with_name(f".{root.name}.lock"), "w") as file:
+        with contextlib.suppress(ImportError):  # Windows has no such lock, and does without
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def make_shapes(root: str | os.PathLike[str], spec: Shapes) -> Path:
+    """Makes the dataset in a folder, once: a finished one is found again.
+
+    Everything is written to a folder beside `root` and renamed when complete, so `root` is never
+    half-made; what a killed run has left there is deleted by the next.
+
+    Args:
+        root: The folder; its parents are made where they are missing.
+        spec: What to make.
+
+    Returns:
+        The folder's absolute path.
+
+    Raises:
+        ValueError: The folder holds something else, or was made from another spec.
+    """
+    root = Path(root).absolute()
+    if _is_made(root, spec):
+        return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(root):
+        if _is_made(root, spec):  # by another process, meanwhile
+            return root
+        partial = root.with_name(f".{root.name}.partial")
+        if partial.exists():
+            shutil.rmtree(partial)
+        (partial / "annotations").mkdir(parents=True)
+        for split, count in zip(SPLITS, (spec.num_train, spec.num_val), strict=True):
+            (partial / split).mkdir()
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                made = pool.map(lambda i, s=split: _write_image(partial, spec, s, i), range(count))
+                scenes = list(tqdm(made, f"making shapes/{split}", count, unit="image"))
+            content = json.dumps(_annotations(spec, split, scenes))
+            (partial / "annotations" / f"instances_{split}.json").write_text(content)
+        (partial / "spec.json").write_text(json.dumps(_described(spec), indent=4) + "\n")
+        partial.rename(root)
+    return root
