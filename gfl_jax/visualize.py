@@ -1,25 +1,24 @@
-"""What a run shows people: a contact sheet of its detections, curves, and where everything lies."""
+"""Pictures of a run: a contact sheet of its detections and its curves, in a folder or a bucket."""
 
+import io
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
-import matplotlib
 import numpy as np
+from etils import epath
 
 from gfl_jax.data import images
 from gfl_jax.data.records import PreparedSplit
+from gfl_jax.errors import needs
 from gfl_jax.training.metrics import read_metrics
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-TRUTH = (255, 255, 255)
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def contact_sheet(
-    file: Path,
+    file: epath.PathLike,
     split: PreparedSplit,
     results: list[dict[str, Any]],
     *,
@@ -27,15 +26,15 @@ def contact_sheet(
     score_threshold: float = 0.3,
     tile: int = 320,
 ) -> None:
-    """Writes a PNG of ground truth (left) beside detections (right), evenly chosen images.
+    """Writes a PNG of evenly spaced images with ground truth (left) and detections (right).
 
     Args:
-        file: to write.
+        file: to write, local or in a bucket.
         split: images and ground truth.
-        results: COCO results; images without an entry are drawn without detections.
-        count: number of images; those with objects are taken first.
-        score_threshold: of the detections drawn.
-        tile: side of an image on the sheet, in pixels.
+        results: detections as COCO results.
+        count: number of images; those with objects and results are preferred.
+        score_threshold: least score of the detections drawn.
+        tile: longer side of an image on the sheet, in pixels.
     """
     evaluated = {result["image_id"] for result in results}
     candidates = np.flatnonzero(np.isin(split.image_ids, list(evaluated)) & (split.num_boxes > 0))
@@ -53,11 +52,11 @@ def contact_sheet(
         )
         scale = tile / max(image.shape[:2])
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        truth, found = image.copy(), image
+        truth, detections = image.copy(), image
         for box, label, crowd in zip(
             record["boxes"], record["labels"], record["crowd"], strict=True
         ):
-            name = split.category_names[label] + " (crowd)" * bool(crowd)
+            name = split.category_names[label] + (" (crowd)" if crowd else "")
             _draw(truth, box * scale, int(label), name)
         drawn = [
             result
@@ -68,8 +67,9 @@ def contact_sheet(
             x, y, w, h = result["bbox"]
             label = label_of[result["category_id"]]
             text = f"{split.category_names[label]} {result['score']:.2f}"
-            _draw(found, np.array([x, y, x + w, y + h]) * scale, label, text)
-        pair = np.concatenate([truth, np.full((image.shape[0], 4, 3), 255, np.uint8), found], 1)
+            _draw(detections, np.array([x, y, x + w, y + h]) * scale, label, text)
+        gap = np.full((image.shape[0], 4, 3), 255, np.uint8)
+        pair = np.concatenate([truth, gap, detections], axis=1)
         caption = np.full((22, pair.shape[1], 3), 255, np.uint8)
         _write(caption, f"{record['image_id']}: truth", (4, 16))
         _write(caption, f"detections >= {score_threshold}", (image.shape[1] + 8, 16))
@@ -82,11 +82,12 @@ def contact_sheet(
     for i, t in enumerate(tiles):
         y, x = i // columns * (height + 8), i % columns * (width + 12)
         sheet[y : y + t.shape[0], x : x + t.shape[1]] = t
-    cv2.imwrite(str(file), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+    _, png = cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+    epath.Path(file).write_bytes(png.tobytes())
 
 
 def _color(label: int) -> tuple[int, int, int]:
-    """Colours that differ from class to class: hues a golden angle apart."""
+    """A colour per class: hues a golden angle apart."""
     hue = np.array([[[int(label * 111.25) % 180, 200, 255]]], np.uint8)
     red, green, blue = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0].tolist()
     return red, green, blue
@@ -105,12 +106,36 @@ def _write(image: np.ndarray, text: str, position: tuple[int, int]) -> None:
     cv2.putText(image, text, position, cv2.FONT_HERSHEY_SIMPLEX, 0.35, (0, 0, 0), 1, cv2.LINE_AA)
 
 
-def plot_run(workdir: Path) -> None:
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty matplotlib figure, which needs no display.
+
+    Args:
+        width: in inches.
+        height: in inches.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    with needs("plot"):
+        from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: "Figure", file: epath.PathLike, dpi: int = 100) -> None:
+    """Writes a figure, local or in a bucket; the file's ending names the format."""
+    content = io.BytesIO()
+    figure.savefig(content, format=epath.Path(file).suffix.lstrip(".") or "png", dpi=dpi)
+    epath.Path(file).write_bytes(content.getvalue())
+
+
+def plot_run(workdir: epath.PathLike) -> None:
     """Writes `curves.png`: loss terms, learning rate and AP of a run over its steps."""
+    workdir = epath.Path(workdir)
     entries = read_metrics(workdir)
     train = [entry for entry in entries if entry["kind"] == "train"]
     val = [entry for entry in entries if entry["kind"] == "val"]
-    figure, (losses, rate, ap) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    figure = new_figure(15, 4)
+    losses, rate, ap = figure.subplots(1, 3)
     steps = [entry["step"] for entry in train]
     for name in [key for key in (train[0] if train else {}) if key.startswith("loss")]:
         losses.plot(steps, [entry[name] for entry in train], label=name, linewidth=1)
@@ -124,12 +149,18 @@ def plot_run(workdir: Path) -> None:
         if drawn:
             axes.legend()
         axes.grid(alpha=0.3)
-    figure.savefig(workdir / "curves.png", dpi=100)
-    plt.close(figure)
+    save_figure(figure, workdir / "curves.png")
 
 
-def finish(workdir: Path, split: PreparedSplit, seconds: float) -> None:
-    """Draws the contact sheet and the curves of a finished run and says where everything is."""
+def finish(workdir: epath.PathLike, split: PreparedSplit, seconds: float) -> None:
+    """Draws the contact sheet and the curves of a finished run and prints where everything is.
+
+    Args:
+        workdir: of the run.
+        split: its evaluation images.
+        seconds: that the command took.
+    """
+    workdir = epath.Path(workdir)
     results = json.loads((workdir / "results.json").read_text())
     contact_sheet(workdir / "detections.png", split, results)
     plot_run(workdir)

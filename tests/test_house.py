@@ -6,13 +6,11 @@ STILL_TOO_LONG = {
     "gfl_jax.detectors.box",
     "gfl_jax.detectors.dense",
     "gfl_jax.distributed",
-    "gfl_jax.tools.analysis",
     "gfl_jax.training.loop",
 }
 STILL_UPWARD = {
     "gfl_jax.interop.convert (interop programs) -> gfl_jax.cli (front door)",
     "gfl_jax.interop.crosscheck (interop programs) -> gfl_jax.cli (front door)",
-    "gfl_jax.tools.analysis (tools) -> gfl_jax.cli (front door)",
     "gfl_jax.tools.tables (tools) -> gfl_jax.cli (front door)",
 }
 

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -6,7 +8,8 @@ import pytest
 
 from gfl_jax.data.coco_format import CocoFolder
 from gfl_jax.data.prepare import prepare
-from gfl_jax.visualize import contact_sheet, finish, plot_run
+from gfl_jax.errors import MissingExtraError
+from gfl_jax.visualize import contact_sheet, finish, new_figure, plot_run, save_figure
 
 SIZES = {1: (60, 60), 2: (60, 60), 3: (60, 40), 4: (30, 60), 5: (60, 60)}
 
@@ -124,3 +127,28 @@ def test_a_finished_run_says_where_everything_is(tmp_path, split, capsys, found)
     for name in ("detections.png", "curves.png"):
         assert str(tmp_path / name) in printed
         assert cv2.imread(str(tmp_path / name)).std() > 5
+
+
+def test_the_library_draws_only_when_asked_to():
+    program = (
+        "import sys, gfl_jax.visualize, gfl_jax.tools.tables; print('matplotlib' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_without_matplotlib_the_extra_that_has_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match=r"gfl-jax\[plot\]"):
+        new_figure(1, 1)
+
+
+def test_a_figure_has_the_format_of_its_name(tmp_path):
+    figure = new_figure(1, 1)
+    save_figure(figure, tmp_path / "a.jpg")
+    assert (tmp_path / "a.jpg").read_bytes()[:2] == b"\xff\xd8"
+    save_figure(figure, str(tmp_path / "a.png"))
+    assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"

@@ -150,6 +150,17 @@ def scale_boxes(boxes: np.ndarray, scale: tuple[float, float], size: tuple[int, 
     return np.clip(boxes * np.array([*scale, *scale], np.float32), 0, limits)
 
 
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersection over union of boxes on the host, [..., 4] each; leading axes broadcast.
+
+    An inverted box counts as empty; the IoU with an empty box is 0.
+    """
+    low, high = np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])
+    overlap = np.maximum(high - low, 0).prod(-1)
+    areas = [np.maximum(boxes[..., 2:] - boxes[..., :2], 0).prod(-1) for boxes in (a, b)]
+    return overlap / np.maximum(areas[0] + areas[1] - overlap, 1e-6)
+
+
 def flip(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mirrors an image [height, width, 3] and its boxes [n, 4] left to right."""
     width = np.float32(image.shape[1])

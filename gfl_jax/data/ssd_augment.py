@@ -112,7 +112,7 @@ def min_iou_crop(
             x1, y1, x2, y2 = map(int, (left, top, left + new_width, top + new_height))
             patch = np.array([x1, y1, x2, y2], np.float32)
             inside = ((patch[:2] < centres) & (centres < patch[2:])).all(1)
-            if len(boxes) and (not inside.any() or _iou(patch, boxes).min() < min_iou):
+            if len(boxes) and (not inside.any() or images.box_iou(patch, boxes).min() < min_iou):
                 continue
             low, high = np.tile(patch[:2], 2), np.tile(patch[2:], 2)
             return image[y1:y2, x1:x2], np.clip(boxes[inside], low, high) - low, labels[inside]
@@ -152,11 +152,3 @@ def photometric(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.5:
         pixels = pixels[..., rng.permutation(3)]
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
-
-
-def _iou(patch: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """IoU of one box [4] with each of many [n, 4]: [n]."""
-    sides = np.minimum(patch[2:], boxes[:, 2:]) - np.maximum(patch[:2], boxes[:, :2])
-    overlap = np.maximum(sides, 0).prod(1)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    return overlap / np.maximum((patch[2:] - patch[:2]).prod() + areas - overlap, 1e-6)

@@ -21,7 +21,6 @@ if __name__ == "__main__":
     use_huge_pages()
 
 import jax
-import matplotlib
 import numpy as np
 import tyro
 
@@ -46,9 +45,7 @@ from gfl_jax.systems import changed
 from gfl_jax.training.evaluator import Evaluator
 from gfl_jax.training.loop import fit
 from gfl_jax.training.metrics import read_metrics
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from gfl_jax.visualize import new_figure, save_figure
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TABLES = ("1a", "1b", "1c", "2a", "2b", "2c", "3")
@@ -267,9 +264,8 @@ def markdown(rows: list[Row], results: list[list[dict[str, float]]], speed: list
 
 def plot(file: Path, title: str, rows: list[Row], results: list[list[dict[str, float]]]) -> None:
     """Writes a PNG of AP, AP50 and AP75: ours, every seed a dot, above the paper's."""
-    figure, axes = plt.subplots(
-        2, 3, figsize=(13, 2.2 + 0.5 * len(rows)), sharey=True, layout="constrained"
-    )
+    figure = new_figure(13, 2.2 + 0.5 * len(rows))
+    axes = figure.subplots(2, 3, sharey=True)
     names = [row.title for row in rows]
     y = np.arange(len(rows))
     for column, metric in enumerate(METRICS[:3]):
@@ -288,8 +284,7 @@ def plot(file: Path, title: str, rows: list[Row], results: list[list[dict[str, f
             ax.grid(alpha=0.3)
     axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
     figure.suptitle(title)
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    save_figure(figure, file)
 
 
 def main(

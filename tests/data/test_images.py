@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from pycocotools import mask
 
 from gfl_jax.data import images
 
@@ -142,3 +143,20 @@ def test_pad():
     assert padded.sum() == image.sum()
     with pytest.raises(ValueError, match="4 x 6"):
         images.pad(image, 4, 5)
+
+
+def test_iou_is_that_of_pycocotools():
+    rng = np.random.default_rng(0)
+    corner, side = rng.uniform(0, 50, (2, 8, 2)), rng.uniform(5, 30, (2, 8, 2))
+    a, b = np.concatenate([corner, corner + side], axis=-1)
+    xywh = np.concatenate([corner, side], axis=-1)
+    expected = mask.iou(xywh[0], xywh[1], [0] * 8)
+    np.testing.assert_allclose(images.box_iou(a[:, None], b), expected, atol=1e-9)
+
+
+def test_iou_with_an_empty_or_inverted_box_is_zero():
+    a = np.array([[0, 0, 2, 2], [0, 0, 0, 5], [2, 2, 1, 0]], float)
+    b = np.array([[1, 0, 3, 2], [0, 0, 2, 2], [5, 5, 6, 6]], float)
+    expected = [[1 / 3, 1, 0], [0, 0, 0], [0, 0, 0]]
+    np.testing.assert_allclose(images.box_iou(a[:, None], b), expected)
+    assert images.box_iou(a[:, None], np.zeros((0, 4))).shape == (3, 0)

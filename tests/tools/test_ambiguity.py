@@ -1,4 +1,4 @@
-"""Rank correlation, and the measures of consistency and ambiguity, where the answer is known."""
+"""The measures of ambiguity where the answer is known, and both claims drawn for a run."""
 
 import json
 from pathlib import Path
@@ -15,42 +15,9 @@ from gfl_jax.data.sources import open_split
 from gfl_jax.detectors.box import Deltas, Gaussian, GeneralDistribution
 from gfl_jax.run import Run, load
 from gfl_jax.systems import changed
-from gfl_jax.tools import analysis, tables
-from gfl_jax.tools.analysis import (
-    Predictions,
-    Truth,
-    opposites,
-    overlaps,
-    rank_correlation,
-    sides_of,
-)
-
-
-def test_rank_correlation_sees_order_alone():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=200)
-    assert rank_correlation(x, np.exp(x)) == pytest.approx(1)
-    assert rank_correlation(x, -(x**3)) == pytest.approx(-1)
-    assert abs(rank_correlation(x, rng.normal(size=200))) < 0.2
-    assert np.isnan(rank_correlation(x, np.ones(200)))
-    assert np.isnan(rank_correlation(x[:1], x[:1]))
-
-
-def test_equal_values_share_their_rank():
-    # By the textbook formula 1 - 6 sum d^2 / (n (n^2 - 1)) without ties, and by hand with one.
-    a, b = np.array([3.0, 1.0, 4.0, 2.0, 5.0]), np.array([2.0, 1.0, 5.0, 3.0, 4.0])
-    assert rank_correlation(a, b) == pytest.approx(1 - 6 * 4 / (5 * 24))
-    tied = np.array([1.0, 2.0, 2.0, 3.0])
-    ranks = np.array([1.0, 2.5, 2.5, 4.0])
-    expected = np.corrcoef(ranks, [1, 3, 2, 4])[0, 1]
-    assert rank_correlation(tied, np.array([0.1, 0.3, 0.2, 0.4])) == pytest.approx(expected)
-
-
-def test_overlaps_are_ious():
-    a = np.array([[0, 0, 2, 2], [0, 0, 0, 5]], float)
-    b = np.array([[1, 0, 3, 2], [0, 0, 2, 2], [5, 5, 6, 6]], float)
-    np.testing.assert_allclose(overlaps(a, b), [[1 / 3, 1, 0], [0, 0, 0]])
-    assert overlaps(a, np.zeros((0, 4))).shape == (2, 0)
+from gfl_jax.tools import ambiguity, consistency, tables
+from gfl_jax.tools.ambiguity import opposites, sides_of
+from gfl_jax.tools.candidates import Candidates, Objects, objects_of
 
 
 def two_bins(mean, extra=0.0):
@@ -63,9 +30,9 @@ def two_bins(mean, extra=0.0):
     return np.log(p)
 
 
-def run_of(box, found, truth, monkeypatch):
-    monkeypatch.setattr(analysis, "predictions", lambda *_: iter(found))
-    monkeypatch.setattr(analysis, "truth_of", lambda _: truth)
+def run_of(box, candidates, objects, monkeypatch):
+    monkeypatch.setattr(ambiguity, "best_candidates", lambda *_: iter(candidates))
+    monkeypatch.setattr(ambiguity, "objects_of", lambda _: objects)
     experiment = changed(Experiment(), detector={"box": box})
     return Run(Path(), 0, experiment, [], [], None, None), None
 
@@ -76,7 +43,7 @@ def test_spread_and_excess_are_those_of_the_best_candidate_of_each_object(monkey
     wide = np.stack([two_bins(m, 0.4) for m in (3.25, 4.5, 5.0, 2.75)])
     target = np.array([10.0, 20.0, 50.0, 70.0])
     boxes = np.array([[10.5, 20, 50, 69], [11, 20, 50, 70], [100, 100, 120, 120]], float)
-    found = Predictions(
+    candidates = Candidates(
         boxes,
         np.array([0.9, 0.8, 0.7]),
         np.array([1, 0, 1]),
@@ -85,16 +52,16 @@ def test_spread_and_excess_are_those_of_the_best_candidate_of_each_object(monkey
         np.full((3, 4), 30.0),
     )
     ambiguity = np.array([0.0, 1.0, 2.0, 3.0])
-    truth = {
-        7: Truth(
+    objects = {
+        7: Objects(
             np.stack([target, target + 300]),
             np.array([1, 1]),
             np.tile(ambiguity, (2, 1)),
             np.stack([target + 1, target]),
         )
     }
-    sides = sides_of(*run_of(box, [(7, found)], truth, monkeypatch))
-    np.testing.assert_array_equal(sides.ambiguity, [ambiguity])  # the other object was not found
+    sides = sides_of(*run_of(box, [(7, candidates)], objects, monkeypatch))
+    np.testing.assert_array_equal(sides.ambiguity, [ambiguity])  # the other object is not detected
     p = np.exp(wide)
     mean = (p * np.arange(17)).sum(1)
     variance = (p * np.arange(17) ** 2).sum(1) - mean**2
@@ -116,7 +83,7 @@ def test_spread_and_excess_are_those_of_the_best_candidate_of_each_object(monkey
 
 def test_what_dfl_makes_of_a_clear_side_has_no_excess(monkeypatch):
     raw = np.stack([two_bins(m) for m in (3.25, 4.5, 5.0, 2.75)]).reshape(-1)
-    found = Predictions(
+    candidates = Candidates(
         np.array([[0.0, 0.0, 9.0, 9.0]]),
         np.array([0.9]),
         np.array([0]),
@@ -125,15 +92,15 @@ def test_what_dfl_makes_of_a_clear_side_has_no_excess(monkeypatch):
         np.full((1, 4), 4.5),
     )
     box = np.array([[0.0, 0.0, 9.0, 9.0]])
-    truth = {1: Truth(box, np.array([0]), np.zeros((1, 4)), box)}
-    sides = sides_of(*run_of(GeneralDistribution(), [(1, found)], truth, monkeypatch))
+    objects = {1: Objects(box, np.array([0]), np.zeros((1, 4)), box)}
+    sides = sides_of(*run_of(GeneralDistribution(), [(1, candidates)], objects, monkeypatch))
     assert (sides.spread[0, [0, 1, 3]] > 3).all()
     np.testing.assert_allclose(sides.excess, 0, atol=0.05)
 
 
 def test_a_gaussian_says_its_spread(monkeypatch):
     raw = np.concatenate([np.full(4, 2.0), np.log([0.25, 1.0, 4.0, 9.0])])
-    found = Predictions(
+    candidates = Candidates(
         np.array([[0.0, 0.0, 9.0, 9.0]]),
         np.array([0.9]),
         np.array([0]),
@@ -142,8 +109,8 @@ def test_a_gaussian_says_its_spread(monkeypatch):
         np.full((1, 4), 4.5),
     )
     box = np.array([[0.0, 0.0, 9.0, 9.0]])
-    truth = {1: Truth(box, np.array([0]), np.zeros((1, 4)), box)}
-    sides = sides_of(*run_of(Gaussian(), [(1, found)], truth, monkeypatch))
+    objects = {1: Objects(box, np.array([0]), np.zeros((1, 4)), box)}
+    sides = sides_of(*run_of(Gaussian(), [(1, candidates)], objects, monkeypatch))
     np.testing.assert_allclose(sides.spread[0], [4, 8, 16, 24], rtol=1e-5)
 
 
@@ -162,9 +129,9 @@ def test_boxes_without_a_spread_and_data_without_ambiguity_are_named(monkeypatch
     with pytest.raises(ValueError, match="Deltas"):
         sides_of(*run_of(Deltas(), [], {}, monkeypatch))
     unknown = np.full((1, 4), np.nan)
-    truth = {1: Truth(np.zeros((1, 4)), np.zeros(1, int), unknown, unknown)}
+    objects = {1: Objects(np.zeros((1, 4)), np.zeros(1, int), unknown, unknown)}
     with pytest.raises(ValueError, match="ambiguity"):
-        sides_of(*run_of(GeneralDistribution(), [], truth, monkeypatch))
+        sides_of(*run_of(GeneralDistribution(), [], objects, monkeypatch))
 
 
 def test_a_run_is_drawn_with_its_numbers(tmp_path, linear_network, monkeypatch, capsys):
@@ -176,7 +143,7 @@ def test_a_run_is_drawn_with_its_numbers(tmp_path, linear_network, monkeypatch, 
     )
     train = Train(batch_size=8, lr=0.02, epochs=1, milestones=(), warmup_steps=2)
     tables.train_row(Experiment(data=data, train=train), tmp_path / "run")
-    analysis.consistency((tmp_path / "run",), ("linear",), count=20, out=tmp_path / "c.png")
+    consistency.main((tmp_path / "run",), ("linear",), count=20, out=tmp_path / "c.png")
     numbers = json.loads((tmp_path / "c.json").read_text())["linear"]
     assert set(numbers) == {
         f"{split}, {what}"
@@ -187,20 +154,20 @@ def test_a_run_is_drawn_with_its_numbers(tmp_path, linear_network, monkeypatch, 
     assert 0 <= numbers["val, share on an object"] < 0.5
     assert len(np.unique(cv2.imread(str(tmp_path / "c.png")).reshape(-1, 3), axis=0)) > 20
 
-    # So small a network finds nothing; let it have found each object as it is.
-    with pytest.raises(ValueError, match="no object"):
-        analysis.ambiguity(tmp_path / "run", out=tmp_path / "a.png")
+    # So small a network detects nothing; pretend that it detected each object exactly.
+    with pytest.raises(ValueError, match="no detection reaches"):
+        ambiguity.main(tmp_path / "run", out=tmp_path / "a.png")
     run = load(tmp_path / "run")
-    truth = analysis.truth_of(open_split(run.experiment.data, "val"))
+    by_id = objects_of(open_split(run.experiment.data, "val"))
     rng = np.random.default_rng(0)
 
-    def found(*_):
-        for image_id, objects in truth.items():
+    def perfect(*_):
+        for image_id, objects in by_id.items():
             n = len(objects.boxes)
             raw = rng.normal(size=(n, 4 * 17)).astype(np.float32)
             yield (
                 image_id,
-                Predictions(
+                Candidates(
                     objects.boxes,
                     np.ones(n),
                     objects.labels,
@@ -210,15 +177,15 @@ def test_a_run_is_drawn_with_its_numbers(tmp_path, linear_network, monkeypatch, 
                 ),
             )
 
-    monkeypatch.setattr(analysis, "predictions", found)
-    analysis.ambiguity(tmp_path / "run", out=tmp_path / "a.png")
+    monkeypatch.setattr(ambiguity, "best_candidates", perfect)
+    ambiguity.main(tmp_path / "run", out=tmp_path / "a.png")
     numbers = json.loads((tmp_path / "a.json").read_text())
-    hidden = [np.isnan(objects.ambiguity).any(1) for objects in truth.values()]
+    hidden = [np.isnan(objects.ambiguity).any(1) for objects in by_id.values()]
     assert numbers["sides"] == 4 * np.sum(~np.concatenate(hidden))
     assert np.concatenate(hidden).any(), "what hides a side makes it unclear by an unknown amount"
     assert 0 < numbers["blurred sides"] < numbers["sides"]
     assert 0 < numbers["pairs of a blurred and a sharp side"] <= numbers["blurred sides"]
-    assert numbers["error: median of blurred sides, px"] == 0, "they were found as they are"
+    assert numbers["error: median of blurred sides, px"] == 0, "they were detected exactly"
     for name in ("a.png", "a-examples.png"):
         picture = cv2.imread(str(tmp_path / name))
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
