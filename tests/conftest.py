@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py and eval.py
 
 import jax
 import jax.numpy as jnp
-import made
 import numpy as np
 import pytest
+import tiny_experiment
 from hypothesis import settings
 
 from gfl_jax.models.heads import Outputs
@@ -113,4 +113,4 @@ def linear_network():
 @pytest.fixture(scope="session")
 def make_batch():
     """make_batch(objects, canvas): noise images with as many random boxes as `objects` says."""
-    return made.make_batch
+    return tiny_experiment.make_batch

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from made import CONFIG
+from tiny_experiment import CONFIG
 
 from gfl_jax import distributed
 from gfl_jax.config import load_experiment

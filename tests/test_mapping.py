@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from trainers import (
+from compare_devices import (
     CLASSES,
     DETECTOR,
     OBJECTS,
@@ -20,6 +19,7 @@ from trainers import (
     parameters,
     params_of,
 )
+from flax import nnx
 
 from gfl_jax.detectors.classification import Focal
 from gfl_jax.detectors.dense import Detector, Losses

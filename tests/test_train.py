@@ -17,7 +17,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
-from made import CONFIG
+from tiny_experiment import CONFIG
 
 import eval as evaluation_program
 import train

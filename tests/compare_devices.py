@@ -1,6 +1,6 @@
 """Three training steps over some devices of some processes, and how far their parameters differ.
 
-    python tests/trainers.py            # prints the table of docs/scaling.md
+    python tests/compare_devices.py            # prints the table of docs/scaling.md
 
 As a program with arguments it is one process of these: VARIANT, INDEX, PORT, file to write.
 """
@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 import jax
 import numpy as np
-from made import make_batch
+from tiny_experiment import make_batch
 
 from gfl_jax.config import Train
 from gfl_jax.detectors.dense import Detector

@@ -1,6 +1,6 @@
 """Kills a training run again and again and compares its end with that of an undisturbed one.
 
-    python tests/kills.py --kills 20
+    python tests/kill_and_resume.py --kills 20
 
 Each time the same command is given again. The moments are drawn at random: while it loads, steps,
 saves or evaluates. Prints how often it was killed at what, and whether the end is the same bit by
@@ -25,7 +25,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
-from made import CONFIG
+from tiny_experiment import CONFIG
 from tqdm import tqdm
 
 from gfl_jax.config import load_experiment
@@ -49,7 +49,7 @@ def start(folder: Path, workdir: Path) -> subprocess.Popen:
     ]
     environment = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "GLIBC_TUNABLES": "",  # else it would start itself anew
+        "GLIBC_TUNABLES": "",  # otherwise it restarts itself
     }
     with (folder / "log.txt").open("a") as log:
         return subprocess.Popen(
