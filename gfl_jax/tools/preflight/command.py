@@ -110,11 +110,11 @@ def main(arguments: list[str]) -> None:
     about = (
         f"{arguments[0]} on {command.topology}, {experiment.train.mapping}, canvas "
         f"{canvas[0]} x {canvas[1]}, {experiment.model.dtype}, {command.num_classes} classes, "
-        f"{command.gts} objects an image; jax {jax.__version__}"
+        f"{command.gts} objects per image; jax {jax.__version__}"
     )
     table = comparison(results)
     print(table)
-    report = "\n\n".join(["# Before it runs", about, table, *map(markdown, results)])
+    report = "\n\n".join(["# Preflight", about, table, *map(markdown, results)])
     if not command.out:
         print(f"\n{report}")
         return
