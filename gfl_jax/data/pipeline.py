@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 
 from gfl_jax.data import images
-from gfl_jax.data.batch import Batch, HostBatch
+from gfl_jax.data.batch import Batch, HostBatch, Sample, pad
 from gfl_jax.data.plan import BatchPlan
 from gfl_jax.data.records import PreparedSplit
 from gfl_jax.data.sources import Data
@@ -51,23 +51,21 @@ def load_batch(
     cache: ImageCache,
     share: tuple[int, int] = (0, 1),
 ) -> HostBatch:
-    """Decodes, augments and pads images of a step; keeps boxes that are ground truth.
+    """Decodes, augments and pads the images of a step; keeps boxes that are ground truth.
 
-    What is random follows from the plan's seed, the step and the slot alone. Of `share` (index,
-    count) hosts, each loads as many slots, in order.
+    Args:
+        step: of the training, from 0; everything random follows from the plan's seed, the step and
+            the slot.
+        plan: which images are in which slot, and what is done to them.
+        split: the images.
+        max_boxes: number of objects per image after padding.
+        cache: of decoded images.
+        share: (index, count) of this host among those that load equal parts of the batch.
     """
     slots = plan(step)
     size = len(slots.images) // share[1]
     first = share[0] * size
-    arrays: dict[str, Any] = dict(
-        images=np.zeros((size, *slots.canvas, 3), np.uint8),
-        sizes=np.zeros((size, 2), np.int32),
-        scales=np.ones((size, 2), np.float32),
-        boxes=np.zeros((size, max_boxes, 4), np.float32),
-        labels=np.zeros((size, max_boxes), np.int32),
-        box_mask=np.zeros((size, max_boxes), bool),
-        image_mask=slots.real[first : first + size],
-    )
+    samples = []
     for slot, index in enumerate(slots.images[first : first + size]):
         record = split.source[int(index)]
         stated = (record["height"], record["width"])
@@ -91,15 +89,9 @@ def load_batch(
             boxes = images.scale_boxes(boxes, scale, image.shape[:2])
         if slots.flip[first + slot]:
             image, boxes = images.flip(image, boxes)
-        height, width = image.shape[:2]
-        arrays["images"][slot, :height, :width] = image
-        arrays["sizes"][slot] = height, width
-        arrays["scales"][slot] = scale
-        if slots.real[first + slot]:
-            arrays["boxes"][slot, : len(boxes)] = boxes
-            arrays["labels"][slot, : len(boxes)] = labels
-            arrays["box_mask"][slot, : len(boxes)] = True
-    return HostBatch(Batch(**arrays), split.image_ids[slots.images], slots.real)
+        samples.append(Sample(image, scale, boxes, labels))
+    batch = pad(samples, slots.canvas, max_boxes, slots.real[first : first + size])
+    return HostBatch(batch, split.image_ids[slots.images], slots.real)
 
 
 def max_boxes_of(split: PreparedSplit) -> int:

@@ -22,10 +22,11 @@ import tyro
 from gfl_jax.cli import plain_errors
 from gfl_jax.config import Experiment, to_dict
 from gfl_jax.data import images as pixels
+from gfl_jax.data.batch import Sample, pad
 from gfl_jax.detectors.inference import Inference
 from gfl_jax.interop import mmdet_stages
 from gfl_jax.interop.convert import read_detector, state_dict
-from gfl_jax.interop.stages import Stages, make_batch, stages
+from gfl_jax.interop.stages import Stages, stages
 from gfl_jax.models.network import Network
 
 PLAIN = Path(__file__).with_name("torch_gfl.py")
@@ -239,7 +240,7 @@ def main(
         )
     width, height = scale or data.scale
     rng = np.random.default_rng(0)
-    resized, boxes, labels = [], [], []
+    samples = []
     for file in files:
         image = pixels.decode(file.read_bytes(), name=str(file))
         if data.keep_ratio:
@@ -248,16 +249,16 @@ def main(
             image, _ = pixels.resize(image, (height, width))
         # Losses need objects; any will do.
         corners = rng.uniform(0, 1, (6, 2, 2)) * image.shape[1::-1]
-        resized.append(image)
-        boxes.append(np.concatenate([corners.min(1), corners.max(1) + 1], 1).astype(np.float32))
-        labels.append(rng.integers(0, num_classes, 6).astype(np.int32))
-    batch = make_batch(resized, boxes, labels)
+        boxes = np.concatenate([corners.min(1), corners.max(1) + 1], 1).astype(np.float32)
+        labels = rng.integers(0, num_classes, 6).astype(np.int32)
+        samples.append(Sample(image, (1.0, 1.0), boxes, labels))
+    batch = pad(samples)
     job = {
         "images": batch.images,
         "sizes": batch.sizes,
         "config": json.dumps(settings(experiment, num_classes)),
-        **{f"boxes.{i}": b for i, b in enumerate(boxes)},
-        **{f"labels.{i}": b for i, b in enumerate(labels)},
+        **{f"boxes.{i}": sample.boxes for i, sample in enumerate(samples)},
+        **{f"labels.{i}": sample.labels for i, sample in enumerate(samples)},
         **{f"param.{k}": v for k, v in state_dict(network, variables, detector).items()},
     }
     name, theirs = run_reference(job, python)

@@ -3,9 +3,6 @@
 Arrays are numpy, in torch's layout: [images, channels, height, width].
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,34 +19,6 @@ INVALID = -3
 """What a prior in the padding counts as matched with."""
 
 Stages = dict[str, np.ndarray]
-
-
-def make_batch(
-    images: Sequence[np.ndarray], boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray]
-) -> Batch:
-    """A batch of images at network scale, on the smallest canvas whose sides are multiples of 32.
-
-    Args:
-        images: uint8 RGB [height, width, 3].
-        boxes: objects of each image, [n, 4], x1 y1 x2 y2 in its pixels.
-        labels: their class indices, [n].
-    """
-    count, slots = len(images), max([len(b) for b in boxes] + [1])
-    height, width = (-(-max(i.shape[axis] for i in images) // 32) * 32 for axis in (0, 1))
-    arrays: dict[str, Any] = {
-        "images": np.zeros((count, height, width, 3), np.uint8),
-        "sizes": np.array([image.shape[:2] for image in images], np.int32),
-        "scales": np.ones((count, 2), np.float32),
-        "boxes": np.zeros((count, slots, 4), np.float32),
-        "labels": np.zeros((count, slots), np.int32),
-        "box_mask": np.arange(slots) < np.array([len(b) for b in boxes])[:, None],
-        "image_mask": np.ones(count, bool),
-    }
-    for i, image in enumerate(images):
-        arrays["images"][i, : image.shape[0], : image.shape[1]] = image
-        arrays["boxes"][i, : len(boxes[i])] = boxes[i]
-        arrays["labels"][i, : len(boxes[i])] = labels[i]
-    return Batch(**arrays)
 
 
 def stages(network: Network, detector: Detector, variables: Variables, batch: Batch) -> Stages:

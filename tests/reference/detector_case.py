@@ -11,6 +11,7 @@ from weights import reference_param
 
 from gfl_jax import systems
 from gfl_jax.assign import ATSS, FCOS, FoveaBox, MaxIoU
+from gfl_jax.data.batch import Sample, pad
 from gfl_jax.detectors.box import Deltas, GeneralDistribution, Overlap, SmoothL1
 from gfl_jax.detectors.classification import Focal, QualityFocal, SoftmaxMining
 from gfl_jax.detectors.inference import Inference
@@ -195,8 +196,11 @@ class DetectorCase:
     @functools.cached_property
     def batch(self):
         count = len(self.keys("images."))
-        arrays = [[self[f"{k}.{i}"] for i in range(count)] for k in ("images", "boxes", "labels")]
-        return jax.tree.map(jnp.asarray, stages.make_batch(*arrays))
+        samples = [
+            Sample(self[f"images.{i}"], (1.0, 1.0), self[f"boxes.{i}"], self[f"labels.{i}"])
+            for i in range(count)
+        ]
+        return jax.tree.map(jnp.asarray, pad(samples))
 
     @functools.cached_property
     def stages(self):

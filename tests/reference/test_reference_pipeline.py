@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from gfl_jax.data import images
-from gfl_jax.interop.stages import make_batch
+from gfl_jax.data.batch import Sample, pad
 from gfl_jax.models.heads import Predicts
 from gfl_jax.models.network import Model, Network
 
@@ -38,7 +38,7 @@ def test_resize_and_flip(pipeline_case):
 def test_normalise_and_pad(pipeline_case, compare):
     """`batch.rgb` is what ResNets of torchvision see; `caffe` is BGR minus the means of FCOS."""
     found = [images.resize_keep_ratio(pipeline_case[f"images.{i}"], 160, 96)[0] for i in (1, 2)]
-    batch = make_batch(found, [np.zeros((0, 4))] * 2, [np.zeros(0)] * 2)
+    batch = pad([Sample(image, (1.0, 1.0), np.zeros((0, 4)), np.zeros(0)) for image in found])
     preprocessing = {
         "rgb": (Model().mean, Model().std, "rgb"),
         "caffe": ((102.9801, 115.9465, 122.7717), (1.0,) * 3, "bgr"),
