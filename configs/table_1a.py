@@ -1,6 +1,6 @@
 """Table 1a: how localization quality is represented, on FCOS and on ATSS (COCO val2017).
 
-Command:   python -m gfl_jax.tools.tables 1a --data COCO
+Command:   gfl-jax tables 1a --data COCO
 A row:     python train.py configs/table_1a.py:atss_joint --data.root COCO
 Run here:  with --budget small on `shapes`, see docs/tables.md.
 

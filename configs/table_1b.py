@@ -1,6 +1,6 @@
 """Table 1b: other detectors with and without QFL (COCO val2017).
 
-Command:   python -m gfl_jax.tools.tables 1b --data COCO
+Command:   gfl-jax tables 1b --data COCO
 A row:     python train.py configs/table_1b.py:retinanet_joint --data.root COCO
 Run here:  RetinaNet with --budget small on `shapes`, see docs/tables.md.
 

@@ -1,6 +1,6 @@
 """Table 1c: beta of QFL, on ATSS (COCO val2017).
 
-Command:   python -m gfl_jax.tools.tables 1c --data COCO
+Command:   gfl-jax tables 1c --data COCO
 A row:     python train.py configs/table_1c.py:beta_2 --data.root COCO
 Run here:  with --budget small on `shapes`, see docs/tables.md.
 """

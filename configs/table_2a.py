@@ -1,6 +1,6 @@
 """Table 2a: how a box is represented, on FCOS and on ATSS with centerness (COCO val2017).
 
-Command:   python -m gfl_jax.tools.tables 2a --data COCO
+Command:   gfl-jax tables 2a --data COCO
 A row:     python train.py configs/table_2a.py:atss_general_dfl --data.root COCO
 Run here:  the half of ATSS with --budget small on `shapes`, see docs/tables.md.
 

@@ -1,6 +1,6 @@
 """Table 2b: n, the number of the last bin, of GFL (COCO val2017).
 
-Command:   python -m gfl_jax.tools.tables 2b --data COCO
+Command:   gfl-jax tables 2b --data COCO
 A row:     python train.py configs/table_2b.py:n_12 --data.root COCO
 Run here:  with --budget small on `shapes`, see docs/tables.md.
 """

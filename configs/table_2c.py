@@ -1,6 +1,6 @@
 """Table 2c: Delta, the width of a bin in strides, of GFL with n = 16 (COCO val2017).
 
-Command:   python -m gfl_jax.tools.tables 2c --data COCO
+Command:   gfl-jax tables 2c --data COCO
 A row:     python train.py configs/table_2c.py:delta_0.5 --data.root COCO
 Run here:  no.
 """

@@ -1,6 +1,6 @@
 """Table 3: QFL and DFL, each alone and both, on ATSS (COCO val2017).
 
-Command:   python -m gfl_jax.tools.tables 3 --data COCO
+Command:   gfl-jax tables 3 --data COCO
 A row:     python train.py configs/table_3.py:qfl_dfl --data.root COCO
 Run here:  with --budget small on `shapes`, see docs/tables.md.
 

@@ -18,7 +18,6 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -72,22 +71,15 @@ class Hosts:
         return bool(named) or int(tasks) > 1 or "," in workers
 
 
-@dataclasses.dataclass(frozen=True)
-class _Flags:
-    hosts: Hosts = Hosts()
-
-
-def join(arguments: list[str]) -> None:
+def join(hosts: Hosts) -> None:
     """Connects this process with the others, if there are any; before anything else uses jax.
 
     From then on the death of one stops them all with an error, within about `hosts.timeout`. What
     others than the first print is dropped, their errors are not.
 
     Args:
-        arguments: of the command line; flags other than --hosts.* are for others to read.
+        hosts: which processes.
     """
-    flags, _ = tyro.cli(_Flags, args=arguments, return_unknown_args=True, add_help=False)
-    hosts = flags.hosts
     if hosts.several:
         jax.distributed.initialize(
             hosts.coordinator or None,

@@ -30,7 +30,7 @@ from tiny_experiment import make_batch
 from gfl_jax.config import Train
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.inference import Inference
-from gfl_jax.distributed import AXIS, join, parallel
+from gfl_jax.distributed import AXIS, Hosts, join, parallel
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
@@ -178,8 +178,8 @@ def main() -> None:
     if len(sys.argv) > 1:
         variant = eval(sys.argv[1])
         if variant.processes > 1:
-            flags = f"--hosts.coordinator=localhost:{sys.argv[3]} --hosts.index={sys.argv[2]}"
-            join([*flags.split(), f"--hosts.count={variant.processes}"])
+            address = f"localhost:{sys.argv[3]}"
+            join(Hosts(coordinator=address, count=variant.processes, index=int(sys.argv[2])))
         train = dataclasses.replace(TRAIN, accumulate=variant.accumulate)
         trainer = Trainer(
             make_network(variant.norm, variant.remat), parallel(variant.mapping), train=train

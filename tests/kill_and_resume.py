@@ -28,7 +28,7 @@ import numpy as np
 from tiny_experiment import CONFIG
 from tqdm import tqdm
 
-from gfl_jax.config import load_experiment
+from gfl_jax.cli import load_experiment
 from gfl_jax.models.network import Network
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.metrics import read_metrics
@@ -49,7 +49,6 @@ def start(folder: Path, workdir: Path) -> subprocess.Popen:
     ]
     environment = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "GLIBC_TUNABLES": "",  # otherwise it restarts itself
     }
     with (folder / "log.txt").open("a") as log:
         return subprocess.Popen(

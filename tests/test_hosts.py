@@ -16,7 +16,7 @@ import pytest
 from tiny_experiment import CONFIG
 
 from gfl_jax import distributed
-from gfl_jax.config import load_experiment
+from gfl_jax.cli import load_experiment
 from gfl_jax.distributed import PREEMPTED, Hosts
 from gfl_jax.models.network import Network
 from gfl_jax.training.checkpoint import Checkpoints
@@ -53,14 +53,12 @@ def test_the_environment_says_whether_there_are_others(monkeypatch, environment,
     assert given.several == joins
 
 
-def test_flags_reach_jax_and_others_are_left_alone(monkeypatch):
+def test_the_flags_reach_jax(monkeypatch):
     called = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: called.append((a, k)))
-    flags = ["--hosts.start=never", "--hosts.coordinator=a:1"]
-    distributed.join(["config.py", "--train.lr=3", *flags])
+    distributed.join(Hosts(start="never", coordinator="a:1"))
     assert not called
-    flags = "--hosts.coordinator=a:1 --hosts.count 4 --hosts.index 0 --hosts.timeout=7"
-    distributed.join(["config.py", *flags.split(), "--workdir", "x"])
+    distributed.join(Hosts(coordinator="a:1", count=4, index=0, timeout=7))
     assert called == [(("a:1", 4, 0), {"heartbeat_timeout_seconds": 7})]
 
 
@@ -97,7 +95,6 @@ class Runs:
         started = []
         for index in range(processes):
             environment = {
-                "GLIBC_TUNABLES": "",  # else it would start itself anew
                 "JAX_PLATFORMS": "cpu",
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes} "
                 "--xla_backend_optimization_level=0",
@@ -287,7 +284,7 @@ def test_a_run_told_to_stop_saves_and_continues_to_the_same_bits(runs, whole, pr
 
 def test_a_run_is_told_to_stop_while_it_evaluates(runs, monkeypatch, tmp_path):
     """The evaluation is given up and done again."""
-    import train
+    from gfl_jax import train
     from gfl_jax.training import evaluator
 
     def tell(*arguments, before_each, **others):

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -19,10 +18,11 @@ import numpy as np
 import pytest
 from tiny_experiment import CONFIG
 
-import eval as evaluation_program
-import train
+from gfl_jax import evaluate as evaluation_program
+from gfl_jax import train
+from gfl_jax.cli import load_experiment
 from gfl_jax.coco_eval import METRICS
-from gfl_jax.config import Experiment, load_experiment
+from gfl_jax.config import Experiment
 from gfl_jax.data.coco_format import DataError
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.distributed import Pmap
@@ -176,9 +176,13 @@ def test_without_a_name_the_work_directory_is_named_after_config_and_row(
     file.parent.mkdir(exist_ok=True)
     file.write_text(CONFIG + rows)
     used = []
-    monkeypatch.setattr(train, "open_split", lambda *_: SimpleNamespace(category_ids=[1, 2]))
+    monkeypatch.setattr(
+        train,
+        "open_split",
+        lambda *_: SimpleNamespace(category_ids=[1, 2], category_names=["a", "b"]),
+    )
     monkeypatch.setattr(train, "Network", lambda *_: None)
-    monkeypatch.setattr(train, "fit", lambda *arguments: used.append(arguments[-1]))
+    monkeypatch.setattr(train, "fit", lambda *_, workdir, **__: used.append(workdir))
     monkeypatch.setattr(train, "finish", lambda workdir, *_: used.append(workdir))
     train.main([str(file.parent / given) for given in config])
     assert used == [Path("runs") / name] * 2
@@ -206,10 +210,7 @@ def killed_after(workspace, workdir, step):
     """Runs train.py as a program and kills it once a checkpoint of `step` or later is complete."""
     command = [sys.executable, "train.py", *workspace.arguments(workdir)]
     with (workspace.folder / "killed.txt").open("w") as output:
-        environment = os.environ | {"GLIBC_TUNABLES": ""}  # else it would start itself anew
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 240
         while process.poll() is None and time.monotonic() < deadline:
             folder = workdir / "checkpoints"
@@ -272,7 +273,6 @@ def test_a_save_that_fails_is_named_and_the_one_before_is_intact(finished, works
     failed = subprocess.run(
         [*limited, sys.executable, "train.py", *workspace.arguments(workdir)],
         cwd=ROOT,
-        env=os.environ | {"GLIBC_TUNABLES": ""},
         capture_output=True,
         text=True,
         timeout=240,
@@ -294,7 +294,6 @@ def test_a_work_directory_that_cannot_be_is_named(workspace):
     process = subprocess.run(
         [sys.executable, "train.py", *workspace.arguments(workspace.folder / "file" / "run")],
         cwd=ROOT,
-        env=os.environ | {"GLIBC_TUNABLES": ""},
         capture_output=True,
         text=True,
         timeout=240,
@@ -437,9 +436,14 @@ def test_limit_counts_images(finished, workspace, tmp_path):
 def test_eval_of_a_folder_without_a_checkpoint_says_so(workspace, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no complete checkpoint in {tmp_path}"):
         workspace.evaluate(tmp_path)
-    for arguments in ([], ["--limit", "3"]):
-        with pytest.raises(FileNotFoundError, match="the first argument is the folder"):
-            evaluation_program.main(arguments)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--limit", "3"]])
+def test_eval_without_a_folder_asks_for_it(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluation_program.main(arguments)
+    assert stop.value.code == 2
+    assert "FOLDER" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- mistakes
@@ -464,22 +468,14 @@ def test_a_mistyped_field_of_eval_is_named(finished, capfd):
     assert "--limits" in "".join(capfd.readouterr())
 
 
-def test_a_value_that_cannot_be_is_named(workspace, tmp_path):
+def test_a_value_that_cannot_be_is_named(workspace, tmp_path, capsys):
     for bad in ("--train.batch-size=0", "--train.ema-decay=1.0", "--data.flip=2"):
         field = bad.removeprefix("--").split("=")[0].replace("-", "_")
-        with pytest.raises((ValueError, SystemExit)) as error:
+        with pytest.raises(SystemExit) as stop:
             train.main(workspace.arguments(tmp_path / "run", bad))
-        assert isinstance(error.value, SystemExit) or field in str(error.value)
+        assert stop.value.code == 2
+        assert field in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_a_missing_config_names_those_there_are(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(FileNotFoundError) as error:
-        train.main(["configs/gfl_r18_fpn_shape.py"])
-    assert "configs/gfl_r18_fpn_shape.py" in str(error.value)
-    for file in Path("configs").glob("*.py"):
-        assert file.as_posix() in str(error.value)
 
 
 def test_a_config_without_an_experiment_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""PyTorch checkpoints in and out: `python -m gfl_jax.interop.convert SRC DST`.
+"""PyTorch checkpoints in and out: `gfl-jax convert SRC DST`.
 
 SRC a .pth or .safetensors file, DST a folder: a GFL, ATSS, FCOS, FoveaBox, RetinaNet or SSD512 of
 mmdetection (2.x or 3.x); or a torchvision or timm ResNet or the VGG-16 of SSD, which gets a random
@@ -22,8 +22,8 @@ import numpy as np
 import tyro
 
 from gfl_jax import systems
-from gfl_jax.cli import plain_errors
-from gfl_jax.config import Experiment, from_dict, load_experiment, to_dict
+from gfl_jax.cli import load_experiment
+from gfl_jax.config import Experiment, from_dict, to_dict
 from gfl_jax.detectors.box import GeneralDistribution
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.interop.names import load_state_dict, to_torch, torch_name
@@ -346,8 +346,3 @@ def main(
             f"{experiment.model}\n{experiment.detector}\n"
             f"next: python eval.py {dst} --data.root FOLDER"
         )
-
-
-if __name__ == "__main__":
-    with plain_errors():
-        tyro.cli(main, prog="python -m gfl_jax.interop.convert", description=__doc__)

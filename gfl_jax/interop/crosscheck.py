@@ -1,6 +1,6 @@
 """Both programs on the same images.
 
-    python -m gfl_jax.interop.crosscheck IMAGE... --checkpoint X.pth
+    gfl-jax crosscheck IMAGE... --checkpoint X.pth
 
 Compares this project with mmdetection stage by stage, from the network's input to the detections,
 prints a table and exits with status 1 where they differ. Without mmdetection it compares a GFL with
@@ -19,7 +19,6 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from gfl_jax.cli import plain_errors
 from gfl_jax.config import Experiment, to_dict
 from gfl_jax.data import images as pixels
 from gfl_jax.data.batch import Sample, pad
@@ -266,8 +265,3 @@ def main(
     rows = compare(stages(network, detector, variables, batch), theirs, detector.inference)
     print_table(rows)
     return int(any(row.where for row in rows))
-
-
-if __name__ == "__main__":
-    with plain_errors():
-        sys.exit(tyro.cli(main, prog="python -m gfl_jax.interop.crosscheck", description=__doc__))

@@ -1,7 +1,7 @@
 """The paper's tables: trains every row, evaluates, and writes it beside the paper's numbers.
 
-    python -m gfl_jax.tools.tables 1a --data COCO --seeds 3
-    python -m gfl_jax.tools.tables 1a --rows 'atss_*' --budget small
+    gfl-jax tables 1a --data COCO --seeds 3
+    gfl-jax tables 1a --rows 'atss_*' --budget small
 
 The rows are those of configs/table_1a.py and so on. A row that stands in several tables is trained
 once; what is finished is not done again, and what was interrupted continues. Writes TABLE.md, a
@@ -15,25 +15,12 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-if __name__ == "__main__":
-    from gfl_jax.cli import plain_errors, use_huge_pages
-
-    use_huge_pages()
-
 import jax
 import numpy as np
 import tyro
 
-from gfl_jax.config import (
-    Data,
-    Experiment,
-    Row,
-    Train,
-    from_dict,
-    load_experiment,
-    load_rows,
-    to_dict,
-)
+from gfl_jax.cli import CONFIGS, load_experiment, load_rows
+from gfl_jax.config import Data, Experiment, Row, Train, from_dict, to_dict
 from gfl_jax.data.sources import open_split
 from gfl_jax.distributed import parallel
 from gfl_jax.interop.pretrained import load_pretrained
@@ -47,7 +34,6 @@ from gfl_jax.training.loop import fit
 from gfl_jax.training.metrics import read_metrics
 from gfl_jax.visualize import new_figure, save_figure
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 TABLES = ("1a", "1b", "1c", "2a", "2b", "2c", "3")
 METRICS = ("AP", "AP50", "AP75", "APS", "APM", "APL")
 SPEED = "images_per_second"
@@ -352,8 +338,3 @@ def main(
         file.with_suffix(".json").write_text(json.dumps(dict(zip(found, runs, strict=True))))
         plot(file.with_suffix(".png"), f"table {table}: {budget} budget, {data}", values, runs)
         print(f"\ntable {table}\n\n{text}\n{file}.md, .png, .json")
-
-
-if __name__ == "__main__":
-    with plain_errors():
-        tyro.cli(main, prog="python -m gfl_jax.tools.tables", description=__doc__)

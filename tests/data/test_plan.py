@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gfl_jax.config import load_experiment
+from gfl_jax.cli import load_experiment
 from gfl_jax.data.plan import BatchPlan, canvases_of, eval_plan, train_plan
 
 side = st.integers(32, 700)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gfl_jax.config import Experiment, from_dict, load_experiment, to_dict
+from gfl_jax.cli import load_experiment
+from gfl_jax.config import Experiment, from_dict, to_dict
 from gfl_jax.detectors.box import CustomBoxLoss
 from gfl_jax.detectors.classification import CustomClassification
 from gfl_jax.losses import quality_focal_loss

@@ -13,14 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from gfl_jax.config import (
-    Experiment,
-    Train,
-    from_dict,
-    load_experiment,
-    load_rows,
-    to_dict,
-)
+from gfl_jax.cli import load_experiment, load_rows
+from gfl_jax.config import Experiment, Train, from_dict, to_dict
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.models.network import Variables
 from gfl_jax.priors import SquareAnchors

@@ -14,11 +14,13 @@ Nothing is computed and no data is opened. A step of full size takes long to com
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
+import tyro
 
-from gfl_jax.config import Experiment, load_experiment, parse_fields
+from gfl_jax.cli import load_experiment, parse_command, positional
+from gfl_jax.config import Experiment
 from gfl_jax.data.plan import canvases_of
 from gfl_jax.data.sources import Data
 from gfl_jax.tools.preflight.compile import preflight
@@ -26,10 +28,12 @@ from gfl_jax.tools.preflight.report import comparison, markdown, to_json, verdic
 
 
 @dataclasses.dataclass(frozen=True)
-class PreflightCommand(Experiment):
+class PreflightCommand:
     """What to compile, and for which slice.
 
     Attributes:
+        config: a config file, or the name of one that comes with gfl_jax.
+        experiment: what the config says.
         topology: version of the TPU and chips along each axis of the slice: v5e:1x1, v5e:4x4,
             v4:2x2x1, v5p:2x2x1, v6e:4x4, ...
         per_device_batch: images per chip and step; given several, a table says which is best.
@@ -42,6 +46,8 @@ class PreflightCommand(Experiment):
         out: Markdown or JSON file; the other is written beside it. Empty: neither.
     """
 
+    config: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")] = Experiment()
     topology: str = "v5e:2x2"
     per_device_batch: tuple[int, ...] = (2,)
     mapping: Literal["", "pmap", "shard_map"] = ""
@@ -84,11 +90,11 @@ def main(arguments: list[str]) -> None:
         ValueError: an argument has no valid value.
         RuntimeError: libtpu is not installed.
     """
-    if not arguments or arguments[0].startswith("-"):
-        raise FileNotFoundError(f"the first argument is a config file\n\n{__doc__}")
-    experiment, command = parse_fields(
-        PreflightCommand, load_experiment(arguments[0]), arguments[1:], __doc__
-    )
+    default = PreflightCommand(tyro.MISSING)
+    if config := positional(arguments):
+        default = PreflightCommand(config, load_experiment(config))
+    command = parse_command(default, arguments, "gfl-jax preflight", __doc__)
+    experiment = command.experiment
     if command.mapping:
         train = dataclasses.replace(experiment.train, mapping=command.mapping)
         experiment = dataclasses.replace(experiment, train=train)
@@ -108,7 +114,7 @@ def main(arguments: list[str]) -> None:
         print(f"{verdict(result)}\n", flush=True)
 
     about = (
-        f"{arguments[0]} on {command.topology}, {experiment.train.mapping}, canvas "
+        f"{command.config} on {command.topology}, {experiment.train.mapping}, canvas "
         f"{canvas[0]} x {canvas[1]}, {experiment.model.dtype}, {command.num_classes} classes, "
         f"{command.gts} objects per image; jax {jax.__version__}"
     )

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from gfl_jax.config import load_experiment
+from gfl_jax.cli import load_experiment
 from gfl_jax.data.sources import Data
 from gfl_jax.tools.preflight.command import PreflightCommand, largest_canvas, main
 from gfl_jax.tools.preflight.compile import OutOfMemory, needed_and_available, preflight
@@ -86,7 +86,7 @@ def test_a_batch_that_is_too_large_does_not_fit(config):
 )
 def test_impossible_requests_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        PreflightCommand(**fields)
+        PreflightCommand("gfl_r50_fpn_1x_coco", **fields)
 
 
 def test_the_canvas_is_the_largest_of_the_data_in_landscape():
@@ -95,6 +95,8 @@ def test_the_canvas_is_the_largest_of_the_data_in_landscape():
     assert largest_canvas(Data(canvases=((512, 800), (800, 1344)))) == (800, 1344)
 
 
-def test_without_a_config_the_usage_is_shown():
-    with pytest.raises(FileNotFoundError, match="first argument is a config file"):
+def test_without_a_config_it_is_asked_for(capsys):
+    with pytest.raises(SystemExit) as stop:
         main(["--topology", "v5e:2x2"])
+    assert stop.value.code == 2
+    assert "CONFIG" in capsys.readouterr().err

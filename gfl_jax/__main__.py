@@ -1,0 +1,83 @@
+"""The front door: `gfl-jax COMMAND ...` or `python -m gfl_jax COMMAND ...`."""
+
+import difflib
+import importlib
+import inspect
+import sys
+
+COMMANDS = {
+    "train": ("gfl_jax.train:main", "train a detector, evaluate it and draw what it detects"),
+    "eval": ("gfl_jax.evaluate:main", "evaluate a trained detector on a data set"),
+    "tables": ("gfl_jax.tools.tables:main", "train the rows of the paper's tables"),
+    "consistency": (
+        "gfl_jax.tools.consistency:main",
+        "do scores rank detections by their true IoU? (figures 1 and 2 of the paper)",
+    ),
+    "ambiguity": (
+        "gfl_jax.tools.ambiguity:main",
+        "are distributions flat where a side is unclear? (figure 3 of the paper)",
+    ),
+    "preflight": (
+        "gfl_jax.tools.preflight.command:main",
+        "compile for TPUs without one: does it fit, how fast is it?",
+    ),
+    "convert": ("gfl_jax.interop.convert:main", "PyTorch weights in and out"),
+    "crosscheck": (
+        "gfl_jax.interop.crosscheck:main",
+        "compare with mmdetection stage by stage on the same images",
+    ),
+}
+"""Name: the function, imported when it is called, and what --help says.
+
+A function either takes the command line's `arguments` as they are, or its parameters are its flags.
+"""
+
+USAGE = (
+    "usage: gfl-jax COMMAND [ARGUMENTS]\n\nGeneralized Focal Loss for dense object detection.\n\n"
+    + "".join(f"  {name:<12} {text}\n" for name, (_, text) in COMMANDS.items())
+    + "\n  gfl-jax COMMAND --help   what a command takes\n  gfl-jax --version"
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command.
+
+    Args:
+        arguments: of the command line, the command first; None: those of this program.
+
+    Raises:
+        SystemExit: with status 1 after an error that a user can fix, 2 after a mistake on the
+            command line, or what the command returns.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if name in ("-h", "--help"):
+        print(USAGE)
+        return
+    if name == "--version":
+        from gfl_jax import __version__
+
+        print(f"gfl-jax {__version__}")
+        return
+    if name not in COMMANDS:
+        near = "".join(
+            f"; did you mean {n}?" for n in difflib.get_close_matches(name, COMMANDS)[:1]
+        )
+        print(f"{USAGE}\n\nerror: there is no command {name!r}{near}", file=sys.stderr)
+        sys.exit(2)
+
+    import tyro
+
+    from gfl_jax.cli import plain_errors
+
+    module, _, function_name = COMMANDS[name][0].partition(":")
+    with plain_errors():
+        function = getattr(importlib.import_module(module), function_name)
+        if list(inspect.signature(function).parameters) == ["arguments"]:
+            status = function(rest)
+        else:
+            status = tyro.cli(function, args=rest, prog=f"gfl-jax {name}")
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

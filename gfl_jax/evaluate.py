@@ -1,0 +1,105 @@
+"""Evaluates a trained detector.
+
+Prints pycocotools' twelve numbers, a table of the classes and images/s with and without
+post-processing; writes COCO results, numbers and a contact sheet. Every field of the experiment
+that was trained is a flag.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from gfl_jax.cli import parse_command, positional
+from gfl_jax.config import Experiment
+from gfl_jax.data.sources import open_split
+from gfl_jax.distributed import Hosts, is_first, join, parallel
+from gfl_jax.errors import InputError
+from gfl_jax.models.network import Network
+from gfl_jax.run import load
+from gfl_jax.training.evaluator import Evaluator
+from gfl_jax.visualize import contact_sheet
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalCommand:
+    """What `eval` takes.
+
+    Attributes:
+        folder: a work directory of `train`, whose best checkpoint is evaluated; or a folder of
+            checkpoints, of which it is the newest.
+        experiment: what was trained.
+        limit: evaluate the first images only, as many as this; 0: all.
+        out: folder for results and pictures; empty: the folder `eval` beside the checkpoints.
+        hosts: the processes that evaluate together.
+    """
+
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")] = Experiment()
+    limit: int = 0
+    out: str = ""
+    hosts: Hosts = Hosts()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flags:
+    hosts: Hosts = Hosts()
+
+
+def main(arguments: list[str]) -> None:
+    """Checkpoint to numbers and a picture."""
+    # ------------------------------------------------------------------ checkpoint and experiment
+    flags, _ = tyro.cli(_Flags, args=arguments, return_unknown_args=True, add_help=False)
+    join(flags.hosts)  # before Orbax asks jax for its devices
+    default = EvalCommand(tyro.MISSING)
+    if named := positional(arguments):
+        run = load(named)
+        default = EvalCommand(named, run.experiment)
+    command = parse_command(default, arguments, "gfl-jax eval", __doc__)
+    experiment = command.experiment
+    out = Path(command.out or Path(command.folder) / "eval")
+
+    # ------------------------------------------------------------------ data
+    split = open_split(experiment.data, "val")
+    if split.category_names != run.category_names:
+        raise InputError(
+            f"the checkpoint knows {run.category_names}, the data has {split.category_names}"
+        )
+
+    # ------------------------------------------------------------------ model
+    network = run.network
+    if experiment.model != run.experiment.model:
+        network = Network(experiment.model, experiment.detector.predicts(len(split.category_ids)))
+    devices = parallel(experiment.train.mapping)
+    variables = devices.replicate(run.variables)
+
+    # ------------------------------------------------------------------ evaluation and speed
+    evaluator = Evaluator(
+        network,
+        experiment.detector,
+        experiment.data,
+        devices,
+        split,
+        experiment.train.eval_batch,
+        command.limit,
+    )
+    evaluation, results = evaluator(variables)
+    with_post, without_post = evaluator.images_per_second(variables)
+
+    # ------------------------------------------------------------------ numbers and picture
+    if not is_first():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results))
+    (out / "metrics.json").write_text(json.dumps({"step": run.step, **evaluation.metrics}))
+    contact_sheet(out / "detections.png", split, results)
+    print(
+        f"\nstep {run.step} of {run.folder} on "
+        f"{len(evaluator.plan.indices)} images\n"
+        f"{evaluation}\n\n{evaluation.class_table()}\n\n"
+        f"{with_post:.2f} images/s, {without_post:.2f} without post-processing (batches of "
+        f"{evaluator.plan.batch_size} on {devices.count} x {devices.kind}, loading not counted)\n"
+        f"picture {out / 'detections.png'}, results {out / 'results.json'}"
+    )
