@@ -208,10 +208,10 @@ def _detector(
     num_classes = count_classes(arrays, experiment)
     network = Network(experiment.model, experiment.detector.predicts(num_classes))
     abstract = jax.eval_shape(lambda: network.init(0))
-    loaded, report = load_state_dict(
+    loaded, mismatch = load_state_dict(
         network.by_path(abstract), arrays, ignore=(r"bbox_head\.integral\.project",)
     )
-    report.raise_if_any(source)
+    mismatch.raise_if_any(source)
     return Loaded(experiment, num_classes, network, network.replaced(abstract, loaded))
 
 

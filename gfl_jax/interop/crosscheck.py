@@ -3,8 +3,8 @@
     gfl-jax crosscheck IMAGE... --checkpoint X.pth
 
 Compares this project with mmdetection stage by stage, from the network's input to the detections,
-prints a table and exits with status 1 where they differ. Without mmdetection it compares a GFL with
-the plain PyTorch model of this repository's tests, and says so.
+prints a table and exits with status 1 if they differ. Without mmdetection it compares a GFL with
+the plain PyTorch model in `torch_gfl.py`, and says so.
 """
 
 import dataclasses
@@ -23,13 +23,14 @@ from gfl_jax.config import Experiment, to_dict
 from gfl_jax.data import images as pixels
 from gfl_jax.data.batch import Sample, pad
 from gfl_jax.detectors.inference import Inference
+from gfl_jax.errors import InputError, SetupError, UsageError
 from gfl_jax.interop import mmdet_stages
 from gfl_jax.interop.convert import read_detector, state_dict
 from gfl_jax.interop.stages import Stages, stages
 from gfl_jax.models.network import Network
 
-PLAIN = Path(__file__).with_name("torch_gfl.py")
-PLAIN_FIXED = {
+TORCH_GFL = Path(__file__).with_name("torch_gfl.py")
+TORCH_GFL_FIXED = {
     field: allowed
     for field, allowed in mmdet_stages.FIXED["GFLHead"].items()
     if field != "detector.box.delta"
@@ -43,21 +44,29 @@ PLAIN_FIXED = {
     "detector.box_loss.loss": ("giou",),
     "detector.inference.drop_empty": (True,),
 }
-"""What the plain model leaves no choice in."""
+"""The only values that the plain model has for these fields."""
 
 TOLERANCE = {"input": 1e-6, "backbone": 1e-4, "feature": 1e-4, "head": 1e-4, "loss": 1e-4}
 """Relative to the largest value of the reference, float32."""
 PIXELS, SCORES, MARGIN = 0.05, 1e-4, 1e-5
-"""Detections: boxes, scores, and how near a threshold or cut a score may go either way."""
+"""Tolerances of detections: boxes in pixels, scores, and how near to a threshold or cut-off a score
+may fall on either side."""
 
-
-Detected = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Boxes, scores and labels."""
+Boxes = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Boxes [n, 4], scores [n] and labels [n]."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table; `where` the first element out of tolerance, empty if there is none."""
+class StageDifference:
+    """One line of the table.
+
+    Attributes:
+        stage: as `title` calls it.
+        absolute: the largest difference.
+        relative: the same, relative to the largest value of the reference.
+        tolerance: of the relative difference; of detections, of their boxes in pixels.
+        where: the first element out of tolerance, empty if there is none.
+    """
 
     stage: str
     absolute: float
@@ -67,20 +76,20 @@ class Row:
 
 
 def settings(experiment: Experiment, num_classes: int) -> dict[str, Any]:
-    """What the other program has to know, as JSON."""
+    """What the other program needs to know, as JSON."""
     return {**to_dict(experiment), "num_classes": num_classes}
 
 
 def run_reference(job: dict[str, Any], python: str) -> tuple[str, Stages]:
-    """The stages of the other program, and its name.
+    """The name of the other program and the stages that it computes.
 
     Args:
         job: arrays of the job, see `mmdet_stages`.
-        python: interpreter of the environment that mmdetection is in.
+        python: interpreter of the environment where mmdetection is installed.
 
     Raises:
-        ValueError: it has no such detector; the message names the choices.
-        RuntimeError: it fails; the message is its own.
+        InputError: it has no such detector; the message names the choices that it lacks.
+        SetupError: it fails; the message is its own.
     """
     config = json.loads(job["config"])
     with tempfile.TemporaryDirectory() as folder:
@@ -91,29 +100,27 @@ def run_reference(job: dict[str, Any], python: str) -> tuple[str, Stages]:
             command = [interpreter, str(program), *files]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == mmdet_stages.REFUSED:
-                raise ValueError(done.stdout.strip())
+                raise InputError(done.stdout.strip())
             if done.returncode not in (0, mmdet_stages.MISSING):
-                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+                raise SetupError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
             return done.returncode
 
         name = "mmdetection"
         if run(Path(mmdet_stages.__file__), python) == mmdet_stages.MISSING:
             missing = f"mmdetection is not installed for {python}"
-            if not PLAIN.is_file():
-                raise RuntimeError(f"{missing}, and no {PLAIN}")
-            if unknown := mmdet_stages.differences(config, PLAIN_FIXED):
-                raise RuntimeError(
-                    f"{missing}; this detector needs it (--python), since the plain PyTorch model "
-                    f"of tests/ is a GFL: it has no {'; '.join(unknown)}"
+            if unknown := mmdet_stages.differences(config, TORCH_GFL_FIXED):
+                raise SetupError(
+                    f"{missing}; name its interpreter with --python. The plain PyTorch model that "
+                    f"is used without it has no {'; '.join(unknown)}"
                 )
-            name = "the plain PyTorch model of tests/ (mmdetection is not installed)"
-            run(PLAIN, sys.executable)
+            name = f"the plain PyTorch model in {TORCH_GFL.name} (mmdetection is not installed)"
+            run(TORCH_GFL, sys.executable)
         with np.load(files[1]) as out:
             return name, dict(out)
 
 
 def title(stage: str, ssd: bool = False) -> str:
-    """What people call a stage: C2 for `backbone.0`, P3 for `feature.P3`, and so on."""
+    """The usual name of a stage: C2 for `backbone.0`, P3 for `feature.P3`, and so on."""
     kind, _, name = stage.partition(".")
     if kind == "backbone":
         return ("conv4_3", "fc7")[int(name)] if ssd else f"C{int(name) + 2}"
@@ -123,40 +130,41 @@ def title(stage: str, ssd: bool = False) -> str:
     return name or kind
 
 
-def compare(ours: Stages, theirs: Stages, inference: Inference) -> list[Row]:
-    """A row for each stage of the reference, in its order."""
+def compare(ours: Stages, theirs: Stages, inference: Inference) -> list[StageDifference]:
+    """The difference at each stage of the reference, in its order."""
     rows, ssd = [], "feature.S0" in theirs
     for name, expected in theirs.items():
         if name.startswith("det."):
             continue
         stage, tolerance = title(name, ssd), TOLERANCE[name.split(".")[0]]
-        found = np.asarray(ours.get(name, 0.0), np.float64)
-        if found.shape != expected.shape:
-            shapes = f"shape {found.shape}, expected {expected.shape}"
-            rows.append(Row(stage, np.inf, np.inf, tolerance, shapes))
+        actual = np.asarray(ours.get(name, 0.0), np.float64)
+        if actual.shape != expected.shape:
+            shapes = f"shape {actual.shape}, expected {expected.shape}"
+            rows.append(StageDifference(stage, np.inf, np.inf, tolerance, shapes))
             continue
-        difference, largest = np.abs(found - expected), np.abs(expected).max(initial=1e-12)
+        difference, largest = np.abs(actual - expected), np.abs(expected).max(initial=1e-12)
         bad = ~(difference / largest <= tolerance)
         where = ""
         if bad.any():
             index = tuple(int(i) for i in np.argwhere(bad)[0])
-            where = f"{list(index)}: {found[index]:.6g}, expected {expected[index]:.6g}"
+            where = f"{list(index)}: {actual[index]:.6g}, expected {expected[index]:.6g}"
         absolute = float(difference.max(initial=0))
-        rows.append(Row(stage, absolute, float(absolute / largest), tolerance, where))
+        relative = float(absolute / largest)
+        rows.append(StageDifference(stage, absolute, relative, tolerance, where))
     count = sum(name.startswith("det.boxes.") for name in theirs)
     return rows + [_compare_detections(ours, theirs, i, inference) for i in range(count)]
 
 
-def detections_of(stages: Stages, kind: str, i: int) -> Detected:
-    """Boxes, scores and labels of image i: of the detections ('det') or candidates ('raw')."""
+def detections_of(stages: Stages, kind: str, i: int) -> Boxes:
+    """Image i's boxes, scores and labels: detections ('det') or candidates ('raw')."""
     boxes, scores, labels = (stages[f"{kind}.{part}.{i}"] for part in ("boxes", "scores", "labels"))
     return boxes, scores, labels
 
 
-def match(ours: Detected, theirs: Detected) -> np.ndarray:
-    """For each of theirs the index of the nearest of ours that equals it, -1 if there is none.
+def match(ours: Boxes, theirs: Boxes) -> np.ndarray:
+    """For each of theirs, the index of the nearest of ours that equals it, or -1.
 
-    Equal: of the same class, within PIXELS and SCORES. Each of ours is used once.
+    Equal means of the same class, within PIXELS and SCORES. Each of ours is used once.
     """
     boxes, scores, labels = ours
     free, matches = np.ones(len(scores), bool), np.full(len(theirs[1]), -1)
@@ -169,29 +177,33 @@ def match(ours: Detected, theirs: Detected) -> np.ndarray:
     return matches
 
 
-def _compare_detections(ours: Stages, theirs: Stages, i: int, inference: Inference) -> Row:
-    """Detections of image i: one to one, but for those whose score is at a threshold or cut."""
-    found, expected = detections_of(ours, "det", i), detections_of(theirs, "det", i)
-    matches = match(found, expected)
+def _compare_detections(
+    ours: Stages, theirs: Stages, i: int, inference: Inference
+) -> StageDifference:
+    """Detections of image i: one to one, except where a score is at a threshold or cut-off."""
+    actual, expected = detections_of(ours, "det", i), detections_of(theirs, "det", i)
+    matches = match(actual, expected)
     kept = matches >= 0
-    missing, extra = ~kept, np.setdiff1d(np.arange(len(found[1])), matches)
+    missing, extra = ~kept, np.setdiff1d(np.arange(len(actual[1])), matches)
     texts = [f"no class {c} of score {s:.5f} at {b}" for b, s, c in _rows(expected, missing)]
-    texts += [f"one more of score {s:.5f}" for _, s, _ in _rows(found, extra)]
+    texts += [f"one too many of score {s:.5f}" for _, s, _ in _rows(actual, extra)]
     full = len(expected[1]) == inference.max_per_image
     cut = float(expected[1][-1]) if full else inference.score_threshold
-    scores = np.concatenate([expected[1][missing], found[1][extra]])
+    scores = np.concatenate([expected[1][missing], actual[1][extra]])
     wrong = [text for score, text in zip(scores, texts, strict=True) if abs(score - cut) > MARGIN]
-    pixel = float(np.abs(found[0][matches[kept]] - expected[0][kept]).max(initial=0))
+    pixel = float(np.abs(actual[0][matches[kept]] - expected[0][kept]).max(initial=0))
     relative = pixel / float(np.abs(expected[0]).max(initial=1))
-    return Row(f"detections of image {i}", pixel, relative, PIXELS, "; ".join(wrong[:1]))
+    return StageDifference(
+        f"detections of image {i}", pixel, relative, PIXELS, "; ".join(wrong[:1])
+    )
 
 
-def _rows(detected: Detected, which: np.ndarray) -> Iterator[tuple[Any, ...]]:
-    return zip(*(array[which] for array in detected), strict=True)
+def _rows(detections: Boxes, which: np.ndarray) -> Iterator[tuple[Any, ...]]:
+    return zip(*(array[which] for array in detections), strict=True)
 
 
-def print_table(rows: list[Row]) -> None:
-    """The table, and the first stage that is out of tolerance."""
+def print_table(rows: list[StageDifference]) -> None:
+    """Prints the table, and the first stage that is out of tolerance."""
     print(f"{'stage':<26}{'max abs':>12}{'relative':>12}{'tolerance':>12}")
     for row in rows:
         unit = " px" if row.stage.startswith("detections") else ""
@@ -216,15 +228,21 @@ def main(
     Args:
         files: images, one or more.
         checkpoint: .pth of a detector.
-        scale: (long, short) sides that images are resized to fit; None: those of the experiment.
-        python: interpreter of the environment that mmdetection is in.
-        config: config of the model, where the arrays alone do not tell it.
+        scale: (long, short) sides in pixels that images are resized to fit; None: those of the
+            experiment.
+        python: interpreter of the environment where mmdetection is installed.
+        config: config of the model, needed where the arrays alone do not identify it.
 
     Returns:
-        0 where all stages agree, 1 otherwise.
+        0 if all stages agree, 1 otherwise.
+
+    Raises:
+        UsageError: no image is named.
+        InputError: a file cannot be used.
+        SetupError: the other program fails.
     """
     if not files:
-        raise ValueError("name at least one image")
+        raise UsageError("name at least one image")
     experiment, num_classes, _, variables = read_detector(checkpoint, config)
     data, model = experiment.data, dataclasses.replace(experiment.model, dtype="float32")
     detector = dataclasses.replace(
@@ -233,7 +251,7 @@ def main(
     )
     network = Network(model, detector.predicts(num_classes))
     if not data.keep_ratio and scale not in (None, data.scale):
-        raise ValueError(
+        raise InputError(
             f"--scale is {scale}, but this detector stretches images to {data.scale} (width, "
             "height): leave it out"
         )

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from gfl_jax.errors import InputError
+
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
@@ -61,7 +63,7 @@ def from_torch(path: tuple, array: np.ndarray, shape: tuple[int, ...]) -> np.nda
 
 
 @dataclass(frozen=True)
-class Report:
+class Mismatch:
     """What did not match while loading; the names are PyTorch's.
 
     Attributes:
@@ -75,7 +77,7 @@ class Report:
     misshapen: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
 
     def raise_if_any(self, source: Any) -> None:
-        """Raises a ValueError that names `source` and lists every mismatch, if there is any."""
+        """Raises InputError, naming `source` and every mismatch, if there is any."""
         sections = {
             "missing from the file": self.missing,
             "unexpected in the file": self.unexpected,
@@ -88,24 +90,24 @@ class Report:
             for line in (f"  {title} ({len(names)}):", *(f"    {name}" for name in names))
         ]
         if lines:
-            raise ValueError("\n".join([f"{source} does not fit the model:", *lines]))
+            raise InputError("\n".join([f"{source} does not fit the model:", *lines]))
 
 
 def load_state_dict(
     state: Mapping[tuple, Any], torch_dict: Mapping[str, np.ndarray], *, ignore: Iterable[str] = ()
-) -> tuple[dict[tuple, Any], Report]:
+) -> tuple[dict[tuple, Any], Mismatch]:
     """Fills the variables of a model from a PyTorch state dict.
 
     Args:
         state: The variables by path, as `dict(nnx.to_flat_state(state))` gives them; only their
-            `shape` and `dtype` are read, so that abstract ones serve as well.
+            `shape` and `dtype` are read, so abstract ones will do.
         torch_dict: The arrays by PyTorch name, in PyTorch's layout.
         ignore: Regular expressions matched from the start of the PyTorch names; what they match
-            is neither loaded nor reported. 'num_batches_tracked' always is ignored.
+            is neither loaded nor reported. 'num_batches_tracked' is always ignored.
 
     Returns:
         A new mapping of the same paths, in which everything that fits is an array from
-        `torch_dict` cast to the variable's dtype and the rest is as it was, and the report.
+        `torch_dict` cast to the variable's dtype and the rest is unchanged; and what did not match.
     """
 
     def ignored(name: str) -> bool:
@@ -120,13 +122,13 @@ def load_state_dict(
         if name not in torch_dict:
             missing.append(name)
             continue
-        shape, found = tuple(state[path].shape), torch_dict[name].shape
+        shape = tuple(state[path].shape)
         expected = tuple(shape[axis] for axis in _torch_axes(path, len(shape)))
-        if found == expected:
+        if torch_dict[name].shape == expected:
             array = from_torch(path, torch_dict[name], shape)
             loaded[path] = array.astype(state[path].dtype, copy=False)
         else:
-            misshapen.append((name, expected, found))
+            misshapen.append((name, expected, torch_dict[name].shape))
     known = set(names.values())
     unexpected = [name for name in torch_dict if name not in known and not ignored(name)]
-    return loaded, Report(tuple(missing), tuple(unexpected), tuple(misshapen))
+    return loaded, Mismatch(tuple(missing), tuple(unexpected), tuple(misshapen))

@@ -68,8 +68,8 @@ def load_backbone(backbone_state: Mapping[tuple, Any], source: str) -> dict[tupl
             missing, unexpected or of another shape is listed.
     """
     arrays, _ = read_torch_file(find_pretrained(source))
-    loaded, report = load_state_dict(backbone_state, arrays, ignore=(r"fc\.", r"classifier\."))
-    report.raise_if_any(source)
+    loaded, mismatch = load_state_dict(backbone_state, arrays, ignore=(r"fc\.", r"classifier\."))
+    mismatch.raise_if_any(source)
     return loaded
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gfl_jax.interop.names import Report, from_torch, load_state_dict, to_torch, torch_name
+from gfl_jax.interop.names import Mismatch, from_torch, load_state_dict, to_torch, torch_name
 
 
 class Scale(nnx.Module):
@@ -73,8 +73,8 @@ def test_names_and_layouts_are_those_of_torch():
         )
     )
     torch_dict = {name: value.numpy() for name, value in model.state_dict().items()}
-    loaded, report = load_state_dict(abstract(), torch_dict)
-    assert report == Report()
+    loaded, mismatch = load_state_dict(abstract(), torch_dict)
+    assert mismatch == Mismatch()
     x = np.random.default_rng(0).normal(size=(2, 3, 6, 7)).astype(np.float32)
     expected = model["conv1"](nn.init.torch.tensor(x)).detach().numpy()
     kernel, layout = loaded["conv1", "kernel"], ("NCHW", "HWIO", "NCHW")
@@ -91,9 +91,9 @@ def test_round_trip_is_exact():
     assert torch_dict["scales.1.scale"].shape == ()
     assert all(value.flags.c_contiguous for value in torch_dict.values())
     torch_dict["bn1.num_batches_tracked"] = np.array(7)
-    loaded, report = load_state_dict(abstract(), torch_dict)
-    assert report == Report()
-    report.raise_if_any("nothing")
+    loaded, mismatch = load_state_dict(abstract(), torch_dict)
+    assert mismatch == Mismatch()
+    mismatch.raise_if_any("nothing")
     assert loaded.keys() == state.keys()
     for path, value in state.items():
         np.testing.assert_array_equal(loaded[path], value, strict=True)
@@ -119,17 +119,17 @@ def test_mismatches_are_reported():
     del torch_dict["bn1.running_var"]
     torch_dict["extra.weight"] = np.zeros(2)
     torch_dict["conv1.weight"] = np.zeros((4, 3, 1, 1), np.float32)
-    loaded, report = load_state_dict(state, torch_dict)
-    assert report.missing == ("bn1.running_var",)
-    assert report.unexpected == ("extra.weight",)
-    assert report.misshapen == (("conv1.weight", (4, 3, 3, 5), (4, 3, 1, 1)),)
+    loaded, mismatch = load_state_dict(state, torch_dict)
+    assert mismatch.missing == ("bn1.running_var",)
+    assert mismatch.unexpected == ("extra.weight",)
+    assert mismatch.misshapen == (("conv1.weight", (4, 3, 3, 5), (4, 3, 1, 1)),)
     assert loaded["conv1", "kernel"] is state["conv1", "kernel"]
     with pytest.raises(ValueError) as error:
-        report.raise_if_any("x.pth")
+        mismatch.raise_if_any("x.pth")
     message = str(error.value)
     for part in ("x.pth", "bn1.running_var", "extra.weight", "(4, 3, 3, 5), file (4, 3, 1, 1)"):
         assert part in message
     ignore = (r"bn1\.running_var$", "extra", "conv1")
-    loaded, report = load_state_dict(state, torch_dict, ignore=iter(ignore))
-    assert report == Report()
+    loaded, mismatch = load_state_dict(state, torch_dict, ignore=iter(ignore))
+    assert mismatch == Mismatch()
     assert loaded["conv1", "kernel"] is state["conv1", "kernel"]

@@ -187,10 +187,10 @@ class DetectorCase:
     @functools.cached_property
     def variables(self):
         abstract = jax.eval_shape(lambda: self.network.init(0))
-        loaded, report = load_state_dict(
+        loaded, mismatch = load_state_dict(
             self.network.by_path(abstract), self.state_dict, ignore=[r"bbox_head\.integral"]
         )
-        report.raise_if_any(self.meta["case"])
+        mismatch.raise_if_any(self.meta["case"])
         return self.network.replaced(abstract, loaded)
 
     @functools.cached_property
