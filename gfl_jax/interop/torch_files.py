@@ -1,8 +1,8 @@
 """Reads tensors from PyTorch checkpoints without torch and without running code from them.
 
-A checkpoint is a pickle, and a pickle may call anything it can name. The unpickler here hands out
-`OrderedDict`, lazy tensors, and inert placeholders for a fixed list of names known to be harmless
-company of the weights (numpy scalars, training logs, ...); any other name refuses the whole file.
+A checkpoint is a pickle, and a pickle may call anything that it can name. The unpickler here hands
+out `OrderedDict`, lazy tensors, and inert placeholders for a fixed list of harmless names found
+beside weights (numpy scalars, training logs, ...). Any other name makes it reject the whole file.
 """
 
 import pickle
@@ -16,6 +16,8 @@ from typing import IO, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file
+
+from gfl_jax.errors import InputError, MissingFileError
 
 _LEGACY_HEADER = (0x1950A86A20F9469CFC6C, 1001)  # magic number, protocol version
 
@@ -33,8 +35,8 @@ _STORAGES = {
 }
 
 
-class _RefusedError(Exception):
-    """The file names a global that is not allowed; its only argument is that name."""
+class _ForbiddenGlobalError(Exception):
+    """The file names a global that is not allowed; the only argument is that name."""
 
 
 class _Storage(NamedTuple):
@@ -43,7 +45,7 @@ class _Storage(NamedTuple):
 
 
 class _Inert:
-    """Stands for an object that is never built: takes any arguments and any state, keeps none."""
+    """Stands for an object that is never built: accepts any arguments and state, keeps none."""
 
     def __new__(cls, *_: Any, **__: Any) -> "_Inert":
         return object.__new__(cls)
@@ -51,6 +53,7 @@ class _Inert:
     def __setstate__(self, *_: Any) -> None:
         pass
 
+    # What pickle calls to fill sets, lists and dictionaries.
     add = append = extend = __setitem__ = __setstate__
 
 
@@ -99,8 +102,8 @@ class _Parameter(_Inert):
 
 _BUILTINS = "bool bytearray complex dict float frozenset getattr int list set str tuple"
 
-# Nothing but a class of ours or OrderedDict is ever called. That `getattr` is on the list is no
-# mistake: mmengine's HistoryBuffer pickles its methods by it, and the placeholder looks nothing up.
+# Nothing but OrderedDict and the classes above is ever called. `getattr` is on the list because
+# mmengine's HistoryBuffer pickles its methods by it; its placeholder looks nothing up.
 _GLOBALS: dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
     "torch._utils._rebuild_tensor": _Tensor,
@@ -138,7 +141,7 @@ class _Unpickler(pickle.Unpickler):
         try:
             return _GLOBALS[f"{module}.{name}"]
         except KeyError:
-            raise _RefusedError(f"{module}.{name}") from None
+            raise _ForbiddenGlobalError(f"{module}.{name}") from None
 
     def persistent_load(self, pid: tuple) -> _Storage:
         _, kind, key, _, _, *view = pid
@@ -148,7 +151,12 @@ class _Unpickler(pickle.Unpickler):
 
 
 class TorchFile(NamedTuple):
-    """arrays: the tensors by name.  meta: what mmdet keeps beside them, objects as placeholders."""
+    """What a checkpoint contains.
+
+    Attributes:
+        arrays: the tensors by name.
+        meta: what mmdet stores beside them, with placeholders for objects.
+    """
 
     arrays: dict[str, np.ndarray]
     meta: dict[str, Any]
@@ -204,31 +212,32 @@ def read_torch_file(path: str | Path) -> TorchFile:
     values that are not tensors are left out.
 
     Args:
-        path: The file; only the suffix `.safetensors` matters, the two others are told by content.
+        path: The file; only the suffix `.safetensors` matters, the other two formats are recognised
+            by their content.
 
     Returns:
         The arrays by name, C-contiguous, of the tensors' shapes (conv kernels OIHW) and dtypes, and
-        the checkpoint's `meta`: empty where there is none.
+        the checkpoint's `meta`, empty if there is none.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is truncated or not a checkpoint, or it is refused because it names
-            a global outside the allowed ones, so that reading it would run code.
+        MissingFileError: There is no such file.
+        InputError: The file is truncated or not a checkpoint, or it names a global that is not
+            allowed, so that reading it would run code.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no such checkpoint file: {path}")
+        raise MissingFileError(f"no such checkpoint file: {path}")
     with path.open("rb") as file:
         try:
             if path.suffix == ".safetensors":
                 return TorchFile(load_file(path), {})
             is_zip = file.peek(4).startswith(b"PK\x03\x04")
             return _read_zip(file) if is_zip else _read_legacy(file)
-        except _RefusedError as error:
-            raise ValueError(
-                f"{path} was refused: it names the global '{error}', and reading it would run code"
+        except _ForbiddenGlobalError as error:
+            raise InputError(
+                f"{path} was rejected: it names the global '{error}', and reading it would run code"
             ) from None
         except Exception as error:  # a damaged pickle may fail in any way
-            raise ValueError(
+            raise InputError(
                 f"{path} is truncated or not a checkpoint ({type(error).__name__}: {error})"
             ) from error

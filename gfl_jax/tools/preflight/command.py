@@ -13,16 +13,17 @@ Nothing is computed and no data is opened. A step of full size takes long to com
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
 import tyro
+from etils import epath
 
 from gfl_jax.cli import load_experiment, parse_command, positional
 from gfl_jax.config import Experiment
 from gfl_jax.data.plan import canvases_of
 from gfl_jax.data.sources import Data
+from gfl_jax.errors import InputError
 from gfl_jax.tools.preflight.compile import preflight
 from gfl_jax.tools.preflight.report import comparison, markdown, to_json, verdict
 
@@ -58,17 +59,17 @@ class PreflightCommand:
 
     def __post_init__(self):
         if min(self.per_device_batch, default=0) < 1:
-            raise ValueError(
+            raise InputError(
                 f"--per-device-batch is {self.per_device_batch}; give positive numbers of images"
             )
         if self.canvas != (0, 0) and (min(self.canvas) < 32 or any(s % 32 for s in self.canvas)):
-            raise ValueError(
+            raise InputError(
                 f"--canvas is {self.canvas}; give height and width, multiples of 32, or 0 0"
             )
         for field in ("gts", "num_classes"):
             if getattr(self, field) < 1:
                 name = field.replace("_", "-")
-                raise ValueError(f"--{name} is {getattr(self, field)}; it must be positive")
+                raise InputError(f"--{name} is {getattr(self, field)}; it must be positive")
 
 
 def largest_canvas(data: Data) -> tuple[int, int]:
@@ -86,9 +87,9 @@ def main(arguments: list[str]) -> None:
         arguments: the command line: a config file and flags.
 
     Raises:
-        FileNotFoundError: there is no such config file.
-        ValueError: an argument has no valid value.
-        RuntimeError: libtpu is not installed.
+        MissingFileError: there is no such config file.
+        InputError: an argument has no valid value.
+        SetupError: libtpu is not installed.
     """
     default = PreflightCommand(tyro.MISSING)
     if config := positional(arguments):
@@ -124,7 +125,7 @@ def main(arguments: list[str]) -> None:
     if not command.out:
         print(f"\n{report}")
         return
-    out = Path(command.out)
+    out = epath.Path(command.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text(f"{report}\n")
     values = {"about": about, "jobs": list(map(to_json, results))}

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from gfl_jax.errors import InputError, SetupError
+
 GIB = 2**30
 
 
@@ -59,19 +61,19 @@ def topology_devices(topology: str) -> list[jax.Device]:
         topology: version and chips along each axis of the slice, such as v5e:4x4.
 
     Raises:
-        ValueError: there is no such slice.
-        RuntimeError: libtpu is not installed.
+        InputError: there is no such slice.
+        SetupError: libtpu is not installed.
     """
     version, _, shape = topology.partition(":")
     examples = ", ".join(chip.example for chip in CHIPS.values())
     if version not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise ValueError(
+        raise InputError(
             f"--topology is {topology!r}; give version and chips along each axis: {examples}"
         )
     try:
         import libtpu  # type: ignore[import-not-found]
     except ImportError as error:
-        raise RuntimeError(
+        raise SetupError(
             "the compiler for TPUs is not installed: pip install 'gfl-jax[tpu-preflight]', that is "
             f"'jax[tpu]=={jax.__version__}'"
         ) from error
@@ -92,7 +94,7 @@ def topology_devices(topology: str) -> list[jax.Device]:
             platform="tpu", topology_name=topology, **chip.options, **single
         )
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(
+        raise InputError(
             f"--topology {topology!r} is not valid ({error}); sides are 1x1 or multiples of 2, as "
             f"in {examples}"
         ) from error
