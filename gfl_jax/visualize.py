@@ -116,7 +116,7 @@ def new_figure(width: float, height: float) -> "Figure":
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    with needs("plot"):
+    with needs("plotting"):
         from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout="constrained")
 
