@@ -314,7 +314,7 @@ class Evil:
 def test_a_file_that_holds_code_is_refused(tmp_path, annotations):
     with zipfile.ZipFile(tmp_path / "evil.pth", "w") as archive:
         archive.writestr("x/data.pkl", pickle.dumps({"state_dict": Evil(tmp_path / "executed")}))
-    with pytest.raises(ValueError, match=r"refused: it names the global '.*open'"):
+    with pytest.raises(ValueError, match=r"rejected: it names the global '.*open'"):
         convert.main(tmp_path / "evil.pth", tmp_path / "run", annotations=annotations)
     assert not (tmp_path / "executed").exists() and not (tmp_path / "run").exists()
 
