@@ -3,10 +3,13 @@
 import importlib.util
 import json
 
+import jax
 import pytest
 
 from gfl_jax.cli import load_experiment
+from gfl_jax.config import Experiment, Train
 from gfl_jax.data.sources import Data
+from gfl_jax.tools.preflight import compile as compile_module
 from gfl_jax.tools.preflight.command import PreflightCommand, largest_canvas, main
 from gfl_jax.tools.preflight.compile import OutOfMemory, needed_and_available, preflight
 from gfl_jax.tools.preflight.topology import GIB
@@ -100,3 +103,24 @@ def test_without_a_config_it_is_asked_for(capsys):
         main(["--topology", "v5e:2x2"])
     assert stop.value.code == 2
     assert "CONFIG" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mapping", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
+def test_step_and_predictions_are_compiled_for_the_devices_of_a_slice(
+    mapping, linear_network, monkeypatch
+):
+    """A stand-in without libtpu: CPU devices, whose compiler gives no estimates."""
+    monkeypatch.setattr(compile_module, "topology_devices", lambda _: jax.devices()[:4])
+    monkeypatch.setattr(compile_module, "Network", linear_network)
+    experiment = Experiment(train=Train(eval_batch=2, mapping=mapping))
+    step, predict = preflight(experiment, "v5e:2x2", [2], (64, 64), 8, 3)
+    assert (str(step.job), str(predict.job)) == (
+        "train step of 2 images per chip",
+        "predict of 2 images per chip",
+    )
+    assert step.job.chips == predict.job.chips == 4
+    assert step.memory.aliased > 0, "the state is updated in place"
+    assert predict.memory.aliased == 0
+    assert predict.memory.beside > 0, "momenta stay on the chip while it evaluates"
+    images = 2 * 64 * 64 * 3
+    assert min(step.memory.arguments, predict.memory.arguments) > images
