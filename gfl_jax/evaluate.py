@@ -7,7 +7,6 @@ that was trained is a flag.
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -18,6 +17,7 @@ from gfl_jax.data.sources import open_split
 from gfl_jax.distributed import Hosts, is_first, join, parallel
 from gfl_jax.errors import InputError
 from gfl_jax.models.network import Network
+from gfl_jax.paths import as_path, write
 from gfl_jax.run import load
 from gfl_jax.training.evaluator import Evaluator
 from gfl_jax.visualize import contact_sheet
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
         default = EvalCommand(named, run.experiment)
     command = parse_command(default, arguments, "gfl-jax eval", __doc__)
     experiment = command.experiment
-    out = Path(command.out or Path(command.folder) / "eval")
+    out = as_path(command.out or as_path(command.folder) / "eval")
 
     # ------------------------------------------------------------------ data
     split = open_split(experiment.data, "val")
@@ -92,8 +92,8 @@ def main(arguments: list[str]) -> None:
     if not is_first():
         return
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results))
-    (out / "metrics.json").write_text(json.dumps({"step": run.step, **evaluation.metrics}))
+    write(out / "results.json", json.dumps(results))
+    write(out / "metrics.json", json.dumps({"step": run.step, **evaluation.metrics}))
     contact_sheet(out / "detections.png", split, results)
     print(
         f"\nstep {run.step} of {run.folder} on "

@@ -6,13 +6,13 @@ highest AP. Opening one needs neither its data set nor its optimiser.
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from gfl_jax.config import Experiment, differences, from_dict, to_dict
 from gfl_jax.models.network import Network, Variables
+from gfl_jax.paths import PathLike, as_path
 from gfl_jax.training.checkpoint import Checkpoints
 
 FORMAT = 1
@@ -33,7 +33,7 @@ class Run:
         variables: the weights, on the host.
     """
 
-    folder: Path
+    folder: PathLike
     step: int
     experiment: Experiment
     category_ids: list[int]
@@ -42,14 +42,14 @@ class Run:
     variables: Variables
 
 
-def load(path: Path | str) -> Run:
+def load(path: PathLike) -> Run:
     """Opens the best checkpoint of a work directory, else its newest; or a folder of checkpoints.
 
     Raises:
         FileNotFoundError: there is no complete checkpoint.
         ValueError: it cannot be read by this version.
     """
-    checkpoints = Checkpoints.find(Path(path))
+    checkpoints = Checkpoints.find(path)
     about = checkpoints.about()
     experiment = experiment_of(about)
     predicts = experiment.detector.predicts(len(about["category_ids"]))
@@ -88,13 +88,13 @@ def experiment_of(about: dict[str, Any]) -> Experiment:
     return from_dict(Experiment, _migrate(about)["experiment"])
 
 
-def changes_since(workdir: Path, experiment: Experiment) -> list[str]:
+def changes_since(workdir: PathLike, experiment: Experiment) -> list[str]:
     """What a run that continues in `workdir` changes: 'train.lr: 0.01, now 0.02', ...
 
     Raises:
         ValueError: its weights do not fit this experiment: they were trained with other anchors.
     """
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints = Checkpoints(as_path(workdir) / "checkpoints")
     if checkpoints.step is None:
         return []
     stored = experiment_of(checkpoints.about())

@@ -6,7 +6,6 @@ same command again continues where the work directory left off. Every field of t
 
 import dataclasses
 import time
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -17,6 +16,7 @@ from gfl_jax.data.sources import open_split
 from gfl_jax.distributed import Hosts, is_first, join, parallel
 from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.network import Network
+from gfl_jax.paths import as_path
 from gfl_jax.run import changes_since, describe
 from gfl_jax.training.loop import fit
 from gfl_jax.visualize import finish
@@ -30,7 +30,8 @@ class TrainCommand:
         config: a config file, or the name of one that comes with gfl_jax; of a table's config, a
             row follows: table_1a:atss_joint.
         experiment: what the config says.
-        workdir: folder that keeps everything of the run; empty: runs/ and the name of the config.
+        workdir: folder that keeps everything of the run, local or gs://BUCKET/...; empty: runs/ and
+            the name of the config.
         hosts: the processes that train together.
     """
 
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> None:
     default = TrainCommand(config, load_experiment(config))
     command = parse_command(default, arguments, "gfl-jax train", __doc__)
     experiment = command.experiment
-    workdir = Path(command.workdir or f"runs/{run_name(config)}")
+    workdir = as_path(command.workdir or f"runs/{run_name(config)}")
     join(command.hosts)
 
     # ------------------------------------------------------------------ data

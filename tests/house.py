@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 ROOMS = {
-    "errors": ["gfl_jax.errors"],
+    "errors": ["gfl_jax.errors", "gfl_jax.paths"],
     "geometry and losses": ["gfl_jax.boxes", "gfl_jax.priors", "gfl_jax.assign", "gfl_jax.losses"],
     "devices": ["gfl_jax.distributed"],
     "data": ["gfl_jax.data"],
@@ -49,6 +49,7 @@ STARTS = ("gfl_jax.train", "gfl_jax.evaluate", "configs.gfl_r50_fpn_1x_coco")
 NOT_OPENED = {
     "gfl_jax.cli": "config files, flags, error messages of the command line",
     "gfl_jax.errors": "the class of errors that a user can fix",
+    "gfl_jax.paths": "files local or in a bucket",
     "gfl_jax.data.coco_format": "preparing: what an annotation file says and whether it is right",
     "gfl_jax.data.prepare": "preparing: written once, read by gfl_jax.data.records",
     "gfl_jax.data.tfds_source": "another data set: prepared by tfds",

@@ -154,6 +154,13 @@ def test_nothing_compiles_after_the_first_evaluation(finished):
     assert not during_training
 
 
+def test_fewer_epochs_than_a_run_has_had_are_refused(finished, workspace):
+    workdir, _, _ = finished
+    with pytest.raises(ValueError, match=r"train\.epochs 5 ends at step 15.*step 27"):
+        workspace.train(workdir, "--train.epochs=5")
+    assert steps_of(workdir, "train") == list(range(1, 28))
+
+
 def test_a_finished_run_is_left_as_it_is(finished, workspace):
     workdir, _, _ = finished
     before, entries = workspace.state(workdir), read_metrics(workdir)
@@ -280,10 +287,10 @@ def test_a_save_that_fails_is_named_and_the_one_before_is_intact(finished, works
     assert failed.returncode == 1
     message = failed.stderr[failed.stderr.rindex("error: ") :]
     assert f"of step 4 could not be written to {workdir / 'checkpoints'}" in message
-    assert "that of step 3 is there from before" in message
+    assert "which keeps the one of step 3" in message
     assert Checkpoints(workdir / "checkpoints").step == 3
-    assert not list(workdir.glob("*/*tmp*"))
     assert "continuing from step 3 of 27" in workspace.train(workdir)
+    assert not list(workdir.glob("*/*tmp*"))
     states = [workspace.state(folder) for folder in (whole, workdir)]
     for ours, theirs in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(ours, theirs)

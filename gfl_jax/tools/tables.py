@@ -26,6 +26,7 @@ from gfl_jax.distributed import parallel
 from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.network import Backbone, Model, Network
 from gfl_jax.models.ssd import SSDModel
+from gfl_jax.paths import PathLike, as_path, write
 from gfl_jax.priors import SSDBoxes
 from gfl_jax.run import describe, load
 from gfl_jax.systems import changed
@@ -163,7 +164,7 @@ def jobs_of(table: str, configs: Path = CONFIGS) -> dict[str, tuple[Row, str]]:
     return {key: (row, first[row.experiment]) for key, row in rows.items()}
 
 
-def train_row(experiment: Experiment, workdir: Path) -> dict[str, float]:
+def train_row(experiment: Experiment, workdir: PathLike) -> dict[str, float]:
     """Trains and evaluates an experiment in `workdir`, from where it was left off.
 
     Returns:
@@ -173,9 +174,9 @@ def train_row(experiment: Experiment, workdir: Path) -> dict[str, float]:
     Raises:
         ValueError: the folder holds another experiment.
     """
-    file = workdir / "result.json"
+    file = as_path(workdir) / "result.json"
     as_json = to_dict(experiment)
-    if file.is_file():
+    if file.exists():
         kept = json.loads(file.read_text())
         if from_dict(Experiment, kept["experiment"]) != experiment:
             raise ValueError(f"{workdir} holds another experiment; name another --out")
@@ -201,12 +202,12 @@ def train_row(experiment: Experiment, workdir: Path) -> dict[str, float]:
     last = [entry for entry in read_metrics(workdir) if entry["kind"] == "val"][-1]
     metrics = {name: last[name] for name in METRICS}
     metrics["minutes"] = (time.perf_counter() - started) / 60
-    file.write_text(json.dumps({"metrics": metrics, "experiment": as_json}))
+    write(file, json.dumps({"metrics": metrics, "experiment": as_json}))
     jax.clear_caches()
     return metrics
 
 
-def speeds(workdirs: list[Path], rounds: int = 5) -> list[float]:
+def speeds(workdirs: list[PathLike], rounds: int = 5) -> list[float]:
     """Images/s of finished runs with post-processing, measured in turn on their first batches."""
     runs = []
     for workdir in workdirs:
@@ -248,7 +249,9 @@ def markdown(rows: list[Row], results: list[list[dict[str, float]]], speed: list
     return "\n".join(lines) + "\n"
 
 
-def plot(file: Path, title: str, rows: list[Row], results: list[list[dict[str, float]]]) -> None:
+def plot(
+    file: PathLike, title: str, rows: list[Row], results: list[list[dict[str, float]]]
+) -> None:
     """Writes a PNG of AP, AP50 and AP75: ours, every seed a dot, above the paper's."""
     figure = new_figure(13, 2.2 + 0.5 * len(rows))
     axes = figure.subplots(2, 3, sharey=True)
@@ -279,7 +282,7 @@ def main(
     seeds: int = 1,
     budget: Literal["full", "small"] = "full",
     rows: str = "*",
-    out: Path = Path("runs/tables"),
+    out: str = "runs/tables",
     configs: Path = CONFIGS,
 ) -> None:
     """Trains the rows of tables and writes them beside the paper's numbers.
@@ -292,14 +295,14 @@ def main(
         seeds: runs of every row, seeds 0, 1, ...
         budget: 'full' as the config says; 'small' a few minutes a row on two cores.
         rows: which rows, a pattern such as 'atss_*'.
-        out: folder of all runs and tables.
+        out: folder of all runs and tables, local or `gs://...`.
         configs: folder of table_1a.py and so on.
     """
     if not tables:
         raise ValueError(f"name at least one table: {', '.join(TABLES)}")
     if not data and budget == "full":
         raise ValueError("the full budget needs --data FOLDER, COCO 2017; or choose --budget small")
-    data = data or "shapes"
+    data, folder = data or "shapes", as_path(out)
     chosen: dict[str, dict[str, tuple[Row, str]]] = {}
     for table in tables:
         found = jobs_of(table, configs)
@@ -322,7 +325,7 @@ def main(
         if budget == "small":
             train_split = open_split(experiment.data, "train")
             experiment = small(experiment, int((train_split.num_boxes > 0).sum()))
-        metrics = train_row(experiment, out / name / f"seed{seed}")
+        metrics = train_row(experiment, folder / name / f"seed{seed}")
         print(", ".join(f"{key} {value:.3f}" for key, value in metrics.items()), flush=True)
         results.setdefault(name, []).append(metrics)
 
@@ -331,10 +334,10 @@ def main(
         values = [row for row, _ in found.values()]
         speed = []
         if table in WITH_SPEED:
-            speed = speeds([out / name / "seed0" for _, name in found.values()])
+            speed = speeds([folder / name / "seed0" for _, name in found.values()])
         text = markdown(values, runs, speed)
-        file = out / f"table_{table}"
-        file.with_suffix(".md").write_text(text)
-        file.with_suffix(".json").write_text(json.dumps(dict(zip(found, runs, strict=True))))
+        file = folder / f"table_{table}"
+        write(file.with_suffix(".md"), text)
+        write(file.with_suffix(".json"), json.dumps(dict(zip(found, runs, strict=True))))
         plot(file.with_suffix(".png"), f"table {table}: {budget} budget, {data}", values, runs)
         print(f"\ntable {table}\n\n{text}\n{file}.md, .png, .json")

@@ -7,20 +7,30 @@ first process writes one: any number of processes restores them.
 """
 
 import contextlib
-import shutil
+import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from gfl_jax.errors import InputError, MissingFileError, WriteError
+from gfl_jax.paths import PathLike, as_path, is_remote
+
+_STATUS = re.compile("[A-Z_]+: ")
+"""Begins the ValueErrors of tensorstore, which reads and writes the arrays: 'RESOURCE_EXHAUSTED: '
+for a full disk, 'PERMISSION_DENIED: ' for a bucket."""
+
 
 class Checkpoints:
-    """One folder of checkpoints, by step."""
+    """One folder of checkpoints, by step, local or in a bucket.
 
-    def __init__(self, folder: Path, *, keep: int = 1, writes: bool = False):
+    Attributes:
+        folder: where they are, absolute.
+    """
+
+    def __init__(self, folder: PathLike, *, keep: int = 1, writes: bool = False):
         """Opens the folder, made when first saved to.
 
         Args:
@@ -28,25 +38,28 @@ class Checkpoints:
             keep: how many of the newest stay.
             writes: True for the run whose folder it is: what interrupted saves left is removed.
         """
-        self.folder, self._writing = folder.absolute(), -1
+        folder = as_path(folder)
+        self.folder = folder if is_remote(folder) else folder.absolute()
+        self._writing = -1
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, cleanup_tmp_directories=writes
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     @classmethod
-    def find(cls, folder: Path) -> "Checkpoints":
+    def find(cls, folder: PathLike) -> "Checkpoints":
         """The checkpoints of a work directory, its best one if there is one; or a folder of them.
 
         Raises:
             FileNotFoundError: there is no complete checkpoint in any of these places.
         """
+        folder = as_path(folder)
         for candidate in (folder / "best", folder / "checkpoints", folder):
             if candidate.is_dir() and any(child.name.isdigit() for child in candidate.iterdir()):
-                found = cls(candidate)
-                if found.step is not None:
-                    return found
-        raise FileNotFoundError(
+                checkpoints = cls(candidate)
+                if checkpoints.step is not None:
+                    return checkpoints
+        raise MissingFileError(
             f"no complete checkpoint in {folder}: name a work directory of train.py, or a folder "
             "whose entries are steps"
         )
@@ -83,7 +96,7 @@ class Checkpoints:
             FileNotFoundError: there is no complete checkpoint.
         """
         if self.step is None:
-            raise FileNotFoundError(f"no complete checkpoint in {self.folder}")
+            raise MissingFileError(f"no complete checkpoint in {self.folder}")
         args = ocp.args.Composite(about=ocp.args.JsonRestore())
         return dict(self._manager.restore(self.step, args=args)["about"])
 
@@ -98,7 +111,7 @@ class Checkpoints:
             ValueError: a stored item differs from `like`: it is of another model or optimiser.
         """
         if self.step is None:
-            raise FileNotFoundError(f"no complete checkpoint in {self.folder}")
+            raise MissingFileError(f"no complete checkpoint in {self.folder}")
         abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), dict(like))
         trees = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         try:
@@ -113,7 +126,12 @@ class Checkpoints:
                         f"expected {expected.dtype}{list(expected.shape)}"
                     )
         except (ValueError, KeyError) as error:
-            raise ValueError(
+            if _STATUS.match(str(error)):
+                raise InputError(
+                    f"the checkpoint {self.folder / str(self.step)} is damaged: delete this "
+                    f"folder, then the one before is used. {error}"
+                ) from error
+            raise InputError(
                 f"the checkpoint {self.folder / str(self.step)} was made by another model or "
                 f"optimiser than this config's; use another --workdir, or that config: {error}"
             ) from error
@@ -130,16 +148,17 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
-        """Failed writes as an OSError that says what is lost and what is not."""
+        """Failed writes as a WriteError that says what is lost and what is kept."""
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:
-            shutil.rmtree(self.folder / f"{self._writing}.orbax-checkpoint-tmp", ignore_errors=True)
-            kept = f"that of step {self.step} is" if self.step is not None else "none was"
-            raise OSError(
-                f"the checkpoint of step {self._writing} could not be written to {self.folder} "
-                f"({kept} there from before): make room or mend the folder, then give the same "
-                f"command again. {error}"
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and not _STATUS.match(str(error)):
+                raise
+            kept = "no earlier one" if self.step is None else f"the one of step {self.step}"
+            raise WriteError(
+                f"the checkpoint of step {self._writing} could not be written to {self.folder}, "
+                f"which keeps {kept}: free some space or fix the permissions, then rerun the same "
+                f"command. {error}"
             ) from error
 
     def close(self) -> None:

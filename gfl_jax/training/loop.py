@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,9 @@ from gfl_jax.data.records import PreparedSplit
 from gfl_jax.data.sources import Data
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.distributed import AXIS, Pmap, Preempted, ShardMap, ahead, is_first, stop_requests
+from gfl_jax.errors import InputError
 from gfl_jax.models.network import Network, Variables
+from gfl_jax.paths import PathLike, as_path, write
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.evaluator import Evaluator
 from gfl_jax.training.metrics import MetricsLog
@@ -65,7 +66,7 @@ def fit(
     train_split: PreparedSplit,
     val_split: PreparedSplit,
     devices: Pmap | ShardMap,
-    workdir: Path,
+    workdir: PathLike,
     initial: Callable[[], Variables],
     about: Mapping[str, Any],
 ) -> None:
@@ -83,7 +84,7 @@ def fit(
         train_split: images to train on.
         val_split: images to evaluate on.
         devices: the mapping.
-        workdir: the work directory.
+        workdir: the work directory, local or `gs://...`.
         initial: makes the weights that a new run begins with.
         about: stored in every checkpoint.
 
@@ -99,7 +100,7 @@ def fit(
             f"training has the categories {train_split.category_names}, evaluation has "
             f"{val_split.category_names}: both annotation files must list the same"
         )
-    first = is_first()
+    first, workdir = is_first(), as_path(workdir)
     if train.batch_size % (devices.count * train.accumulate):
         raise ValueError(
             f"train.batch_size {train.batch_size} is not a multiple of {devices.count} devices x "
@@ -130,6 +131,11 @@ def fit(
     else:
         items = newest.restore(abstract_state(network, train).items())
         start, state = newest.step, TrainState.from_items(items)
+        if start > total:
+            raise InputError(
+                f"train.epochs {train.epochs} ends at step {total}, but {newest.folder} is already "
+                f"at step {start}: raise train.epochs, or name another --workdir"
+            )
         print(f"continuing from step {start} of {total} in {newest.folder}")
     state = devices.replicate(state)
     log = MetricsLog(workdir, start, writes=first)
@@ -171,6 +177,7 @@ def fit(
 
     def save(step: int, state: TrainState) -> None:
         numbers.settle()  # nothing is saved that has not been found finite
+        log.flush()  # nothing that was logged before a checkpoint is lost by a kill
         newest.save(step, finite_copy(state).items(), about)
 
     with stop_requests() as stop, newest, best, contextlib.closing(log), progress:
@@ -192,11 +199,12 @@ def fit(
             ends = step % eval_every == 0 or step == total
             if step and ends and not (evaluated and step == start):
                 numbers.settle()
+                log.flush()
                 evaluation, results = evaluator(
                     state.evaluated(), functools.partial(stop_if_told, step, state)
                 )
                 if first:
-                    (workdir / "results.json").write_text(json.dumps(results))
+                    write(workdir / "results.json", json.dumps(results))
                 progress.write(f"epoch {step / per_epoch:g}\n{evaluation}")
                 ap = devices.agree(evaluation.metrics["AP"])
                 if ap > best_ap:
@@ -205,6 +213,7 @@ def fit(
                     best.save(step, finite_copy(state).items(), {**about, "AP": ap})
                     best.wait()  # an evaluation that is logged is not done again after a kill
                 log.write("val", step, evaluation.metrics)
+                log.flush()
                 numbers.restart_clock()
             if step == total:
                 break

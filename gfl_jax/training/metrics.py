@@ -1,68 +1,112 @@
-"""What a run writes down: JSON lines for programs, TensorBoard events for people."""
+"""What a run logs: JSON lines for programs, TensorBoard events for people."""
 
 import json
 import math
+import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from gfl_jax.paths import PathLike, as_path, is_remote, write
+
+FILE = "metrics.jsonl"
+
+SHARE = 0.01
+"""Largest part of the time that is spent on writing the file."""
+
+LONGEST = 60.0
+"""Seconds after which the file is written whatever that takes."""
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The entries of `workdir/metrics.jsonl` in order, without a last line cut short by a kill."""
-    file = workdir / "metrics.jsonl"
+def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
+    """The entries of `workdir/metrics.jsonl` in order; lines that are not JSON are left out."""
+    file = as_path(workdir) / FILE
     entries = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
+    for line in file.read_text().splitlines() if file.exists() else []:
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError:
-            break
+            continue
+        if isinstance(entry, dict) and {"kind", "step"} <= set(entry):
+            entries.append(entry)
     return entries
 
 
 class MetricsLog:
-    """Appends entries of a kind ('train', 'val') and a step to both files."""
+    """Collects entries of a kind ('train', 'val') and a step.
 
-    def __init__(self, workdir: Path, start: int, *, writes: bool = True):
-        """Continues the files of a run at step `start`: entries of later steps are dropped.
+    Nothing can be appended to a file in a bucket, so the file is always written whole: by `flush`
+    and, in between, as often as it takes at most 1% of the time. On a local disk that is with
+    nearly every entry, in a bucket every few seconds.
+
+    Attributes:
+        entries: all of the run, in order.
+    """
+
+    def __init__(self, workdir: PathLike, start: int, *, writes: bool = True):
+        """Continues the log of a run at step `start`: entries of later steps are dropped.
 
         Args:
-            workdir: where the files are.
+            workdir: where the file and the folder `tensorboard` are.
             start: steps taken.
             writes: False for a process that only keeps the entries to itself.
         """
-        kept = [entry for entry in read_metrics(workdir) if entry["step"] <= start]
-        self.entries, self._writes = kept, writes
-        if not writes:
-            return
-        temporary = workdir / "metrics.jsonl.partial"
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        temporary.replace(workdir / "metrics.jsonl")
-        self._lines = (workdir / "metrics.jsonl").open("a", buffering=1)
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._workdir, self._writes = as_path(workdir), writes
+        self.entries = [entry for entry in read_metrics(workdir) if entry["step"] <= start]
+        if writes:
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            self._lines = [json.dumps(entry) + "\n" for entry in self.entries]
+            self.flush()
+            self._events = _summary_writer(self._workdir, start)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Adds an entry; `step` counts steps taken."""
+        """Adds an entry; `step` counts steps taken.
+
+        Raises:
+            WriteError: the file could not be written.
+        """
         entry = {"kind": kind, "step": step, **{k: float(v) for k, v in values.items()}}
         self.entries.append(entry)
         if not self._writes:
             return
-        try:
-            self._lines.write(json.dumps(entry) + "\n")
-        except OSError as error:
-            raise OSError(f"{self._lines.name} could not be written: {error.strerror}") from error
+        self._lines.append(json.dumps(entry) + "\n")
         for name, value in values.items():
-            if math.isfinite(value):
+            if self._events and math.isfinite(value):
                 self._events.add_scalar(f"{kind}/{name}", value, step)
+        if time.perf_counter() >= self._next:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the file now: before a checkpoint, and what must not be done twice.
+
+        Raises:
+            WriteError: it could not be written.
+        """
+        if not self._writes:
+            return
+        began = time.perf_counter()
+        write(self._workdir / FILE, "".join(self._lines))
+        ended = time.perf_counter()
+        self._next = ended + min((ended - began) / SHARE, LONGEST)
 
     def has(self, kind: str, step: int) -> bool:
         """Whether there is an entry of this kind for this step."""
         return any(entry["kind"] == kind and entry["step"] == step for entry in self.entries)
 
     def close(self) -> None:
-        """Flushes both files."""
-        if not self._writes:
-            return
-        self._lines.close()
-        self._events.close()
+        """Flushes file and events."""
+        self.flush()
+        if self._writes and self._events:
+            self._events.close()
+
+
+def _summary_writer(workdir: Any, start: int) -> Any:
+    """TensorBoard's events of a run from step `start`, or None with a sentence why."""
+    try:
+        from tensorboardX import SummaryWriter
+
+        if is_remote(workdir):
+            import google.cloud.storage  # noqa: F401  # what tensorboardX writes to gs:// by
+    except ImportError as error:
+        print(f"no TensorBoard events: {error.name} is not installed")
+        return None
+    return SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)

@@ -213,6 +213,36 @@ def test_find_prefers_the_best_then_the_newest_of_a_work_directory(tmp_path):
     assert Checkpoints.find(Path(os.path.relpath(tmp_path / "best"))).step == 2
 
 
+@pytest.mark.parametrize("fault", ["RESOURCE_EXHAUSTED: No space left on device", "no path"])
+def test_only_errors_of_the_storage_are_blamed_on_it(tmp_path, monkeypatch, fault):
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, {"state": {"x": np.ones(3)}}, {})
+    checkpoints.wait()
+
+    def fails(*_, **__):
+        raise ValueError(fault)
+
+    monkeypatch.setattr(checkpoints._manager, "save", fails)
+    expected = OSError if fault.startswith("RES") else ValueError
+    with pytest.raises(expected) as error:
+        checkpoints.save(2, {"state": {"x": np.ones(3)}}, {})
+    assert fault in str(error.value)
+    if expected is OSError:
+        assert "of step 2 could not be written" in str(error.value)
+        assert "keeps the one of step 1" in str(error.value)
+    else:
+        assert str(error.value) == fault
+    checkpoints.close()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    folder = saved(tmp_path / "c", [5])
+    for file in (folder / "5" / "weights" / "d").iterdir():
+        file.write_bytes(b"not what was written")
+    with pytest.raises(ValueError, match=r"c/5 is damaged"):
+        restored(folder, state_of())
+
+
 def test_find_names_a_folder_without_checkpoints(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(FileNotFoundError, match=str(folder)):

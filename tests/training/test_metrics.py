@@ -1,7 +1,10 @@
 import json
+import time
 
+import numpy as np
 import pytest
 
+from gfl_jax.training import metrics
 from gfl_jax.training.metrics import MetricsLog, read_metrics
 
 
@@ -20,7 +23,7 @@ def test_entries_are_lines_of_json_in_order(tmp_path):
     log = MetricsLog(tmp_path, 0)
     log.write("train", 1, {"loss": 0.1, "lr": 1e-5})
     log.write("val", 1, {"AP": -1})
-    # There at once, for whoever looks at a run that is under way.
+    log.flush()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     expected = [
         {"kind": "train", "step": 1, "loss": 0.1, "lr": 1e-5},
@@ -58,6 +61,48 @@ def test_a_last_line_cut_short_by_a_kill_is_left_out(tmp_path, cut):
     assert steps_of(tmp_path) == kept
     written(tmp_path, [4], start=3)
     assert steps_of(tmp_path) == [*kept, 4]
+
+
+def test_a_damaged_line_loses_no_other(tmp_path):
+    written(tmp_path, [1, 2, 3, 4])
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    lines[1] = lines[1][:9]
+    lines.insert(3, "3")  # JSON, but no entry
+    file.write_text("\n".join(lines))
+    assert steps_of(tmp_path) == [1, 3, 4]
+    written(tmp_path, [5], start=4)
+    assert steps_of(tmp_path) == [1, 3, 4, 5]
+
+
+def test_entries_are_there_soon_for_who_watches_a_run(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    deadline, step = time.monotonic() + 20, 0
+    while not steps_of(tmp_path) and time.monotonic() < deadline:
+        step += 1
+        log.write("train", step, {"loss": 0.1})
+        time.sleep(0.01)
+    assert steps_of(tmp_path)
+    log.close()
+
+
+def test_writing_the_file_takes_little_of_the_time(tmp_path, monkeypatch):
+    """However slow the storage is."""
+    now, writes = [0.0], []
+
+    def slow_write(file, content):
+        now[0] += 0.2
+        writes.append(now[0])
+
+    monkeypatch.setattr(metrics, "write", slow_write)
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    log = MetricsLog(tmp_path, 0)
+    for step in range(10_000):
+        now[0] += 0.1
+        log.write("train", step + 1, {"loss": 0.1})
+    assert len(writes) * 0.2 < 0.012 * now[0]
+    assert max(np.diff(writes)) < 21
+    log.close()
 
 
 def test_no_file_is_no_entries(tmp_path):

@@ -1,0 +1,56 @@
+"""Files and folders, local or in a bucket: everything a run keeps goes through here."""
+
+import os
+
+from etils import epath
+
+from gfl_jax.errors import InputError, WriteError, needs
+
+PathLike = epath.PathLike
+
+
+def as_path(path: PathLike) -> epath.Path:
+    """The path of a file or folder, on this machine or in a bucket of Google Cloud Storage.
+
+    Args:
+        path: a local path, in which `~` is expanded; or `gs://BUCKET/...`.
+
+    Raises:
+        InputError: another kind of storage.
+        MissingExtraError: it is in a bucket and gcsfs is not installed.
+    """
+    scheme, is_url, _ = os.fspath(path).partition("://")
+    if not is_url:
+        return epath.Path(path).expanduser()
+    if scheme != "gs":
+        raise InputError(f"{os.fspath(path)!r}: give a local path or gs://BUCKET/FOLDER")
+    with needs("gcs"):
+        import gcsfs  # noqa: F401  # how epath reaches a bucket
+    return epath.Path(path)
+
+
+def is_remote(path: PathLike) -> bool:
+    """Whether a path is in a bucket rather than in this machine's file system."""
+    return "://" in os.fspath(path)
+
+
+def write(path: PathLike, content: str | bytes) -> None:
+    """Writes a whole file: whoever reads it finds all of the old content or all of the new.
+
+    In a bucket a write is like this by itself; locally the file is written under another name.
+
+    Raises:
+        WriteError: it could not be written.
+    """
+    file = as_path(path)
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        if is_remote(file):
+            file.write_bytes(data)
+            return
+        temporary = file.with_name(file.name + ".partial")
+        temporary.write_bytes(data)
+        temporary.replace(file)
+    except OSError as error:
+        reason = error.strerror or f"{type(error).__name__} {error}"
+        raise WriteError(f"{file} could not be written: {reason}") from error
