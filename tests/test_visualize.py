@@ -142,7 +142,7 @@ def test_the_library_draws_only_when_asked_to():
 def test_without_matplotlib_the_extra_that_has_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match=r"gfl-jax\[plot\]"):
+    with pytest.raises(MissingExtraError, match=r"gfl-jax\[plotting\]"):
         new_figure(1, 1)
 
 
