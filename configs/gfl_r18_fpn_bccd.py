@@ -12,6 +12,7 @@ A laptop's recipe: photos at 320 x 240, pyramid and head 128 wide, two convoluti
 """
 
 from gfl_jax.config import Data, Experiment, Train
+from gfl_jax.data.sources import CocoFolder
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model
@@ -23,10 +24,12 @@ experiment = Experiment(
         head=Head(width=128, stacked_convs=2),
     ),
     data=Data(
-        train_annotations="annotations/instances_trainval.json",
-        train_images="trainval",
-        val_annotations="annotations/instances_test.json",
-        val_images="test",
+        source=CocoFolder(
+            train_annotations="annotations/instances_trainval.json",
+            train_images="trainval",
+            val_annotations="annotations/instances_test.json",
+            val_images="test",
+        ),
         scale=(320, 240),
         workers=0,
         cache_megabytes=256,

@@ -10,6 +10,7 @@ small: from random weights the number of steps counts more than their size.
 """
 
 from gfl_jax.config import Data, Experiment, Train
+from gfl_jax.data.sources import Shapes
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model
@@ -21,7 +22,7 @@ experiment = Experiment(
         head=Head(width=64, stacked_convs=2),
     ),
     data=Data(
-        source="shapes",
+        source=Shapes(),
         scale=(128, 128),
         workers=0,
         cache_megabytes=192,

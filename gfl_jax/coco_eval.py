@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,73 +41,40 @@ class Evaluation:
 
 
 def ground_truth(split: PreparedSplit) -> COCO:
-    """The original annotations; those of the records where there is no file.
-
-    Entries that preparing left out (`on_error='skip'`) are left out here, too.
-    """
+    """The annotations that preparing kept; those of the records where there is no json."""
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
-        coco.dataset = (
-            _original(split, split.annotations) if split.annotations else _recorded(split)
-        )
+        if split.annotations:
+            coco.dataset = json.loads(split.annotations.read_text())
+        else:
+            coco.dataset = _recorded(split)
         coco.createIndex()
     return coco
 
 
-def _original(split: PreparedSplit, file: Path) -> dict[str, Any]:
-    dataset = json.loads(file.read_bytes())
-    report = split.source.directory / "report.json"
-    problems = json.loads(report.read_text())["problems"] if report.is_file() else []
-    # Of a duplicate id the first entry was kept.
-    faulty = {p["annotation_id"] for p in problems if p["kind"] != "duplicate annotation id"}
-    images = set(split.image_ids.tolist())
-    annotations = [
-        # A file without areas or crowds means: the box's area, no crowd.
-        {"area": annotation["bbox"][2] * annotation["bbox"][3], "iscrowd": 0} | annotation
-        for annotation in _first_of_each_id(dataset["annotations"])
-        if annotation["id"] not in faulty and annotation.get("image_id") in images
-    ]
-    return {
-        "images": [i for i in _first_of_each_id(dataset["images"]) if i["id"] in images],
-        "annotations": annotations,
-        "categories": _categories(split),
-    }
-
-
-def _first_of_each_id(entries: list[Any]) -> list[dict[str, Any]]:
-    kept: dict[int, dict[str, Any]] = {}
-    for entry in entries:
-        if isinstance(entry, dict) and isinstance(entry.get("id"), int):
-            kept.setdefault(entry["id"], entry)
-    return list(kept.values())
-
-
-def _categories(split: PreparedSplit) -> list[dict[str, Any]]:
-    names = zip(split.category_ids, split.category_names, strict=True)
-    return [{"id": category_id, "name": name} for category_id, name in names]
-
-
 def _recorded(split: PreparedSplit) -> dict[str, Any]:
-    annotations: list[dict[str, Any]] = []
-    for record in (split.source[i] for i in range(len(split.source))):
-        for box, label, crowd in zip(
-            record["boxes"], record["labels"], record["crowd"], strict=True
-        ):
-            x1, y1, x2, y2 = box.tolist()
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": record["image_id"],
-                    "category_id": split.category_ids[label],
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "iscrowd": int(crowd),
-                }
-            )
+    table, ids = split.table, split.category_ids
+    images = np.repeat(table.image_ids, np.diff(table.starts)).tolist()
+    corners = table.boxes.tolist()
+    labels, crowds = table.labels.tolist(), table.crowd.tolist()
+    annotations = [
+        {
+            "id": number,
+            "image_id": image_id,
+            "category_id": ids[label],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "area": (x2 - x1) * (y2 - y1),
+            "iscrowd": int(crowd),
+        }
+        for number, (image_id, (x1, y1, x2, y2), label, crowd) in enumerate(
+            zip(images, corners, labels, crowds, strict=True), start=1
+        )
+    ]
+    names = zip(ids, split.category_names, strict=True)
     return {
-        "images": [{"id": image_id} for image_id in split.image_ids.tolist()],
+        "images": [{"id": image_id} for image_id in table.image_ids.tolist()],
         "annotations": annotations,
-        "categories": _categories(split),
+        "categories": [{"id": category_id, "name": name} for category_id, name in names],
     }
 
 

@@ -115,4 +115,20 @@ def _migrate(about: dict[str, Any]) -> dict[str, Any]:
             f"the checkpoint has format {stored}, this version of gfl_jax reads up to {FORMAT}: "
             "update gfl_jax"
         )
+    experiment = about["experiment"]
+    if isinstance(experiment["data"]["source"], str):
+        about = about | {"experiment": experiment | {"data": _source_as_value(experiment["data"])}}
     return about
+
+
+def _source_as_value(data: dict[str, Any]) -> dict[str, Any]:
+    """Data of format 0: the source was a name, beside the fields of all sources."""
+    name, data = data["source"], dict(data)
+    names = [f"{split}_{of}" for split in ("train", "val") for of in ("annotations", "images")]
+    names += ["root", "cache_dir", "on_error", "shapes"]
+    fields = {field: data.pop(field) for field in names}
+    shapes, of_coco = fields.pop("shapes"), {"kind": "CocoFolder", **fields}
+    common = {field: fields[field] for field in ("root", "cache_dir")}
+    of_tfds = {"kind": "Tfds", "name": name, "val_annotations": fields["val_annotations"]} | common
+    data["source"] = {"shapes": shapes | common, "coco": of_coco}.get(name, of_tfds)
+    return data

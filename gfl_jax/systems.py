@@ -9,6 +9,7 @@ from typing import Any
 
 from gfl_jax import assign, priors
 from gfl_jax.config import Data, Experiment, Train
+from gfl_jax.data.sources import CocoFolder
 from gfl_jax.detectors.box import Deltas, Distances, LogDistances, Overlap, SmoothL1
 from gfl_jax.detectors.classification import Focal, SoftmaxMining
 from gfl_jax.detectors.dense import Detector
@@ -41,7 +42,9 @@ def for_coco(system: Experiment, pretrained: str) -> Experiment:
         backbone = dataclasses.replace(model.backbone, pretrained=pretrained)
         model = dataclasses.replace(model, backbone=backbone)
     system = dataclasses.replace(system, model=model)
-    return changed(system, data={"on_error": "skip"}, train={"checkpoint_every": 1000})
+    return changed(
+        system, data={"source": CocoFolder(on_error="skip")}, train={"checkpoint_every": 1000}
+    )
 
 
 gfl = Experiment()

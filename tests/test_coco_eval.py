@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tiny_experiment import prepare
 
 from gfl_jax.coco_eval import METRICS, evaluate, ground_truth
 from gfl_jax.config import Data
-from gfl_jax.data.coco_format import CocoFolder
 from gfl_jax.data.pipeline import batches
 from gfl_jax.data.plan import eval_plan
-from gfl_jax.data.prepare import prepare
+from gfl_jax.data.prepare import RawSplit
 from gfl_jax.detectors.inference import Detections
 from gfl_jax.distributed import Pmap, ShardMap
 from gfl_jax.training.evaluator import predict_all
@@ -53,7 +53,7 @@ def write(root, annotations, images=None, categories=CATEGORIES):
         listed.append({"id": image_id, "file_name": name, "height": height, "width": width})
     content = {"images": images or listed, "annotations": annotations, "categories": categories}
     (root / "truth.json").write_text(json.dumps(content))
-    return CocoFolder(root / "truth.json", root / "images")
+    return RawSplit(root / "truth.json", root / "images")
 
 
 def opened(root, annotations, on_error="raise", **content):

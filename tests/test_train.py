@@ -26,6 +26,7 @@ from gfl_jax.config import Experiment
 from gfl_jax.data.coco_format import DataError
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.distributed import Pmap
+from gfl_jax.errors import UsageError
 from gfl_jax.models.network import Network
 from gfl_jax.run import experiment_of
 from gfl_jax.training.checkpoint import Checkpoints
@@ -491,16 +492,26 @@ def test_a_config_without_an_experiment_is_named(tmp_path):
         train.main([str(tmp_path / "empty.py")])
 
 
-def test_a_data_set_that_was_not_named_is_asked_for(workspace, tmp_path):
-    with pytest.raises(ValueError, match=r"--data\.root"):
-        train.main(workspace.arguments(tmp_path / "run", "--data.source=coco"))
+@pytest.fixture
+def of_coco(workspace, tmp_path):
+    """The tiny experiment's config with raw files in COCO's layout as its data."""
+    text, shapes = workspace.config.read_text(), "source=Shapes(num_train=22, num_val=10"
+    assert shapes in text
+    config = tmp_path / "coco.py"
+    config.write_text(text.replace(f"{shapes}, image_size=(64, 64)),", ""))
+    return config
+
+
+def test_a_data_set_that_was_not_named_is_asked_for(of_coco, tmp_path):
+    with pytest.raises(UsageError, match=r"--data\.root"):
+        train.main([str(of_coco), f"--workdir={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
 
 
-def test_a_data_set_that_is_not_there_is_named(workspace, tmp_path):
-    arguments = ["--data.source=coco", f"--data.root={tmp_path / 'none'}"]
+def test_a_data_set_that_is_not_there_is_named(of_coco, tmp_path):
+    arguments = [str(of_coco), f"--data.root={tmp_path / 'none'}"]
     with pytest.raises(DataError, match=r"none/annotations/instances_train2017\.json"):
-        train.main(workspace.arguments(tmp_path / "run", *arguments))
+        train.main([*arguments, f"--workdir={tmp_path / 'run'}"])
 
 
 def test_continuing_says_what_was_changed(finished, workspace):

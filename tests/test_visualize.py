@@ -5,9 +5,9 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from tiny_experiment import prepare
 
-from gfl_jax.data.coco_format import CocoFolder
-from gfl_jax.data.prepare import prepare
+from gfl_jax.data.prepare import RawSplit
 from gfl_jax.errors import MissingExtraError
 from gfl_jax.visualize import contact_sheet, finish, new_figure, plot_run, save_figure
 
@@ -31,7 +31,7 @@ def split(tmp_path_factory):
     categories = [{"id": 4, "name": "cat"}, {"id": 5, "name": "dog"}]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (root / "a.json").write_text(json.dumps(content))
-    return prepare(CocoFolder(root / "a.json", root / "images"), root / "cache")
+    return prepare(RawSplit(root / "a.json", root / "images"), root / "cache")
 
 
 def results_of(split, score=0.9):

@@ -3,13 +3,15 @@
 import numpy as np
 
 from gfl_jax.data.batch import Batch
+from gfl_jax.data.prepare import prepare_in_cache
+from gfl_jax.data.records import open_prepared
 
 # An epoch is three batches, the last one partly filled; 27 steps in all.
 CONFIG = '''
 """Tiny."""
 
 from gfl_jax.config import Data, Experiment, Train
-from gfl_jax.data.shapes.dataset import Shapes
+from gfl_jax.data.sources import Shapes
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.inference import Inference
 from gfl_jax.models.fpn import Neck
@@ -25,8 +27,7 @@ experiment = Experiment(
     # So short a training finds little: every score counts.
     detector=Detector(inference=Inference(score_threshold=0.0, nms_pre=60)),
     data=Data(
-        source="shapes",
-        shapes=Shapes(num_train=22, num_val=10, image_size=(64, 64)),
+        source=Shapes(num_train=22, num_val=10, image_size=(64, 64)),
         scale=(64, 64),
         workers=0,
     ),
@@ -44,6 +45,11 @@ experiment = Experiment(
     ),
 )
 '''
+
+
+def prepare(raw, cache, on_error="raise"):
+    """A split of raw files in COCO's format, prepared in a cache folder."""
+    return open_prepared(prepare_in_cache("val", raw, cache, on_error), "val")
 
 
 def make_batch(objects, canvas=(64, 64), *, classes=3, slots=8, seed=0):

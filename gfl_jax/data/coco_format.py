@@ -2,12 +2,13 @@
 
 import collections
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
+from gfl_jax.errors import InputError
 
 OnError = Literal["raise", "skip"]
 
@@ -22,17 +23,42 @@ _FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class CocoFolder:
-    """A dataset in COCO's format.
+class Object(NamedTuple):
+    """An object of an image.
 
     Attributes:
-        annotations: the json file.
-        images: the folder its `file_name`s are relative to.
+        box: (x1, y1, x2, y2) in pixels; may stick out of the image.
+        label: 0-based.
+        crowd: a region of many objects, no ground truth for training.
+        ignore: no ground truth for training either.
     """
 
-    annotations: Path
-    images: Path
+    box: tuple[float, float, float, float]
+    label: int
+    crowd: bool
+    ignore: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageEntry:
+    """An image that a json describes without fault.
+
+    Attributes:
+        image_id: as in the json.
+        filename: relative to the image folder, as in the json.
+        size: (height, width) in pixels.
+        stated: the image as the json has it.
+        objects: its kept annotations.
+        annotations: the same as the json has them, without segmentation; area and iscrowd filled
+            in where they were left out.
+    """
+
+    image_id: int
+    filename: str
+    size: tuple[int, int]
+    stated: dict[str, Any]
+    objects: list[Object] = dataclasses.field(default_factory=list)
+    annotations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +70,7 @@ class Problem:
         file: the image file, or the json where no image can be named.
         image_id: id of the image, if one is concerned.
         annotation_id: id of the annotation, if one is concerned.
-        detail: what was found.
+        detail: what is wrong.
     """
 
     kind: str
@@ -60,11 +86,11 @@ class Problem:
         return f"{', '.join(where)}: {self.detail}"
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A dataset cannot be used as it is.
 
     Attributes:
-        problems: everything that was found, also what the message leaves out.
+        problems: all of them, including what the message leaves out.
     """
 
     def __init__(self, problems: Sequence[Problem], advice: str = ""):
@@ -74,10 +100,12 @@ class DataError(ValueError):
         for problem in problems:
             kinds[problem.kind].append(problem)
         share = max(1, _LISTED_PROBLEMS // len(kinds))
-        lines = [f"{len(problems)} problem{'s' * (len(problems) > 1)} in the dataset"]
-        for kind, found in kinds.items():
-            lines += [f"{kind} ({len(found)}):", *(f"  {problem}" for problem in found[:share])]
-            lines += [f"  ... and {len(found) - share} more"] * (len(found) > share)
+        noun = "problem" if len(problems) == 1 else "problems"
+        lines = [f"{len(problems)} {noun} in the dataset"]
+        for kind, listed in kinds.items():
+            lines += [f"{kind} ({len(listed)}):", *(f"  {problem}" for problem in listed[:share])]
+            if len(listed) > share:
+                lines.append(f"  ... and {len(listed) - share} more")
         super().__init__("\n".join([*lines, advice]).rstrip())
 
 
@@ -87,8 +115,8 @@ def data_error(kind: str, file: Path | str, detail: str, advice: str = "") -> Da
 
 
 @dataclasses.dataclass
-class Report:
-    """What became of a dataset's images and annotations; nothing goes without being counted here.
+class DataReport:
+    """What became of a dataset's images and annotations; nothing is dropped without being counted.
 
     Attributes:
         annotations_file: the json file.
@@ -116,20 +144,20 @@ class Report:
     crowd: int = 0
     dropped_by_rule: int = 0
 
-    def conclude(self, records: list[dict[str, Any]], on_error: OnError) -> None:
+    def conclude(self, kept: Sequence[ImageEntry], on_error: OnError) -> None:
         """Counts what is kept; raises a DataError on any problem or, to skip, if nothing is."""
-        objects = [entry for record in records for entry in record["objects"]]
-        self.images_kept = len(records)
+        objects = [entry for image in kept for entry in image.objects]
+        self.images_kept = len(kept)
         self.annotations_kept = len(objects)
-        self.crowd = sum(entry["is_crowd"] for entry in objects)
-        self.dropped_by_rule = sum(entry["ignore"] and not entry["is_crowd"] for entry in objects)
+        self.crowd = sum(entry.crowd for entry in objects)
+        self.dropped_by_rule = sum(entry.ignore and not entry.crowd for entry in objects)
         if self.problems and on_error == "raise":
             raise DataError(
                 self.problems,
                 f"The dataset is {self.annotations_file}. Correct it, or leave the faulty entries "
-                "out with --data.on-error=skip.",
+                "out with --data.on-error=skip (gfl-jax prepare: --on-error skip).",
             )
-        if not records:
+        if not kept:
             detail = f"none of its {self.images_found} images can be used"
             nothing = Problem("nothing left", self.annotations_file, None, None, detail)
             raise DataError([nothing, *self.problems])
@@ -149,26 +177,27 @@ class Report:
         return "\n".join([self.annotations_file, *lines])
 
 
-def check(folder: CocoFolder, on_error: OnError) -> tuple[list[dict[str, Any]], Report]:
-    """Reads a COCO json and checks all of it; image files are only looked up, not read.
+def check(
+    content: dict[str, Any], file: Path, images: Path, on_error: OnError
+) -> tuple[list[ImageEntry], DataReport]:
+    """Checks all of a COCO json; image files are only looked up, not read.
 
     Args:
-        folder: what to check.
+        content: of the json, from `read_json`.
+        file: the json, for messages.
+        images: the folder that its file names are relative to.
         on_error: "raise" stops at any problem; "skip" leaves faulty entries out.
 
     Returns:
-        One record per image, by ascending image id: the features of `CocoRecords` without the
-        image itself; and the report.
+        What is kept, by ascending image id; and the report.
 
     Raises:
-        DataError: with "raise", there are problems; in any case if the json cannot be read or
-            nothing is left.
+        DataError: with "raise", there are problems; in any case if nothing is left.
     """
-    content = read_json(folder.annotations)
-    if not folder.images.is_dir():
-        raise data_error("missing image folder", folder.images, "no such folder")
+    if not images.is_dir():
+        raise data_error("missing image folder", images, "no such folder")
     listed = {
-        entry["id"]: str(entry.get("file_name", folder.annotations))
+        entry["id"]: str(entry.get("file_name", file))
         for entry in reversed(content["images"])
         if isinstance(entry, dict) and isinstance(entry.get("id"), int)
     }
@@ -176,9 +205,7 @@ def check(folder: CocoFolder, on_error: OnError) -> tuple[list[dict[str, Any]], 
 
     def report(kind: str, detail: str, image_id: Any, annotation_id: Any = None) -> None:
         name = listed.get(image_id) if isinstance(image_id, int) else None
-        problems.append(
-            Problem(kind, name or str(folder.annotations), image_id, annotation_id, detail)
-        )
+        problems.append(Problem(kind, name or str(file), image_id, annotation_id, detail))
 
     def by_id(key: str) -> dict[int, dict[str, Any]]:
         """Returns the well-formed entries of a list of the json, the first of each id."""
@@ -200,33 +227,35 @@ def check(folder: CocoFolder, on_error: OnError) -> tuple[list[dict[str, Any]], 
 
     categories = dict(sorted(by_id("categories").items()))
     labels = {category_id: label for label, category_id in enumerate(categories)}
-    records = {}
+    entries = {}
     for image_id, image in sorted(by_id("images").items()):
         name = image["file_name"]
-        if not (folder.images / name).is_file():
-            report("missing image file", f"no such file in {folder.images}", image_id)
+        if not (images / name).is_file():
+            report("missing image file", "no such file in the image folder", image_id)
             continue
-        size = {"height": image["height"], "width": image["width"]}
-        records[image_id] = {"image/filename": name, "image/id": image_id, **size, "objects": []}
+        entries[image_id] = ImageEntry(image_id, name, (image["height"], image["width"]), image)
     for annotation_id, annotation in by_id("annotations").items():
         image_id, label = annotation["image_id"], labels.get(annotation["category_id"])
-        record = records.get(image_id)
+        entry = entries.get(image_id)
         faults = []
         if image_id not in listed:
             faults.append(("absent image", f"the json lists no image {image_id}"))
         if label is None:
             detail = f"the json lists no category {annotation['category_id']}"
             faults.append(("unknown category", detail))
-        if fault := _box_fault(annotation["bbox"], record):
+        if fault := _box_fault(annotation["bbox"], entry.size if entry else None):
             faults.append(fault)
         for kind, detail in faults:
             report(kind, detail, image_id, annotation_id)
-        if record and label is not None and not faults:
-            record["objects"].append(_object(annotation, record, label))
+        if entry and label is not None and not faults:
+            w, h = annotation["bbox"][2:]
+            annotation = {"area": w * h, "iscrowd": 0} | annotation
+            entry.annotations.append(annotation)
+            entry.objects.append(_object(annotation, label))
 
-    kept = list(records.values())
-    result = Report(
-        annotations_file=str(folder.annotations),
+    kept = list(entries.values())
+    result = DataReport(
+        annotations_file=str(file),
         category_ids=list(categories),
         category_names=[category["name"] for category in categories.values()],
         images_found=len(content["images"]),
@@ -237,27 +266,31 @@ def check(folder: CocoFolder, on_error: OnError) -> tuple[list[dict[str, Any]], 
     return kept, result
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> tuple[dict[str, Any], str]:
     """Reads a COCO json without its segmentations.
+
+    Returns:
+        Its content, and the sha256 of its bytes in hexadecimal digits.
 
     Raises:
         DataError: there is no such file, or it is no COCO json.
     """
     if not file.is_file():
         raise data_error("missing annotation file", file, "no such file")
+    data = file.read_bytes()
 
     def without_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
         entry.pop("segmentation", None)  # most of the file, and not used
         return entry
 
     try:
-        content = json.loads(file.read_bytes(), object_hook=without_segmentation)
+        content = json.loads(data, object_hook=without_segmentation)
     except (ValueError, RecursionError) as error:
         raise data_error("invalid json", file, str(error)) from error
     for key in _FIELDS:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise data_error("missing list", file, f"a COCO json is an object with a list '{key}'")
-    return content
+    return content, hashlib.sha256(data).hexdigest()
 
 
 def _fault(entry: Any, fields: dict[str, Any]) -> str | None:
@@ -279,16 +312,15 @@ def _fault(entry: Any, fields: dict[str, Any]) -> str | None:
     return None
 
 
-def _box_fault(box: list[Any], record: dict[str, Any] | None) -> tuple[str, str] | None:
-    """Returns (kind, detail) of what is wrong with a box (x, y, w, h) in an image, if known."""
+def _box_fault(box: list[Any], size: tuple[int, int] | None) -> tuple[str, str] | None:
+    """Returns (kind, detail) of what is wrong with a box (x, y, w, h) in an image of this size."""
     if len(box) != 4 or not all(map(_is_number, box)):
         return "bad box", f"box {box} is not four finite numbers"
     x, y, w, h = box
     if w <= 0 or h <= 0:
         return "empty box", f"box {box} has no positive width and height"
-    if record and not (-w < x < record["width"] and -h < y < record["height"]):
-        size = f"{record['width']} x {record['height']}"
-        return "box outside image", f"box {box} lies outside the image, {size}"
+    if size and not (-w < x < size[1] and -h < y < size[0]):
+        return "box outside image", f"box {box} lies outside the image, {size[1]} x {size[0]}"
     return None
 
 
@@ -297,16 +329,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
 
 
-def _object(annotation: dict[str, Any], record: dict[str, Any], label: int) -> dict[str, Any]:
-    """Returns the features of an annotation that has no fault."""
+def _object(annotation: dict[str, Any], label: int) -> Object:
+    """Returns the object of an annotation that has no fault."""
     x, y, w, h = annotation["bbox"]
-    size = [record["height"], record["width"]] * 2
-    area = annotation.get("area", w * h)
-    return {
-        "id": annotation["id"],
-        "area": area,
-        "bbox": np.divide([y, x, y + h, x + w], size).astype(np.float32),
-        "label": label,
-        "is_crowd": bool(annotation.get("iscrowd")),
-        "ignore": bool(annotation.get("ignore")) or area <= 0 or w < 1 or h < 1,
-    }
+    small = annotation["area"] <= 0 or w < 1 or h < 1
+    crowd, ignore = bool(annotation["iscrowd"]), bool(annotation.get("ignore")) or small
+    return Object((x, y, x + w, y + h), label, crowd, ignore)

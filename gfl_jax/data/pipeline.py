@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cv2
 import grain.python as grain
 import numpy as np
 from absl import flags
@@ -72,16 +73,16 @@ def load_batch(
 
         def decoded(record=record, stated=stated):
             image = images.decode(record["image"], stated, record["filename"])
-            if plan.augmentation == "ssd":
+            if plan.data.augmentation == "ssd":
                 return image, (1.0, 1.0)
-            if plan.keep_ratio:
-                return images.resize_keep_ratio(image, plan.scale[0], slots.short_side)
+            if plan.data.keep_ratio:
+                return images.resize_keep_ratio(image, plan.data.scale[0], slots.short_side)
             return images.resize(image, slots.canvas)
 
         image, scale = cache.get((int(index), slots.short_side), decoded)
         keep = ~(record["crowd"] | record["ignore"])
         boxes, labels = record["boxes"][keep], record["labels"][keep]
-        if plan.augmentation == "ssd":
+        if plan.data.augmentation == "ssd":
             # The plan's own generators have shorter keys, which numpy extends by zeros.
             rng = np.random.default_rng((plan.seed, step, first + slot, 1))
             image, boxes, labels, scale = ssd_augment(image, boxes, labels, slots.canvas, rng)
@@ -105,9 +106,12 @@ def _own_copy(host: HostBatch) -> HostBatch:
     return HostBatch(Batch(*copies), np.array(host.image_ids), np.array(host.image_mask))
 
 
-def _outlive_preemption(_worker: int, _count: int) -> None:
-    """A SIGTERM may come to the whole process group; the main process still takes a step."""
+def _start_worker(_worker: int, _count: int) -> None:
+    """Sets up a worker process."""
+    # A SIGTERM may come to the whole process group; the main process still takes a step.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Workers share the cores already: without this each has a thread for every core.
+    cv2.setNumThreads(0)
 
 
 def batches(
@@ -120,10 +124,10 @@ def batches(
     """The batches of these steps in order, prepared ahead by workers or threads.
 
     Args:
-        plan: what is in them.
+        plan: what is in each batch.
         split: the images.
         steps: which batches.
-        data: workers and memory.
+        data: workers, buffers and memory.
         share: (index, count) of this host among those that share each batch.
     """
     load = functools.partial(
@@ -137,13 +141,17 @@ def batches(
     if not len(steps):
         return
     dataset = grain.MapDataset.range(steps.start, steps.stop).map(load)
-    read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    read = grain.ReadOptions(
+        num_threads=data.worker_threads, prefetch_buffer_size=data.worker_batches
+    )
     iterable = dataset.to_iter_dataset(read)
     if data.workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read absl's flags
-        options = grain.MultiprocessingOptions(num_workers=data.workers)
-        iterable = iterable.mp_prefetch(options, worker_init_fn=_outlive_preemption)
+        options = grain.MultiprocessingOptions(
+            num_workers=data.workers, per_worker_buffer_size=data.shared_batches
+        )
+        iterable = iterable.mp_prefetch(options, worker_init_fn=_start_worker)
         iterable = iterable.map(_own_copy)
     iterator = iter(iterable)
     try:

@@ -6,13 +6,14 @@ the step, says where a run is.
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from gfl_jax.data.images import resized_size
 from gfl_jax.data.records import PreparedSplit
 from gfl_jax.data.sources import Data
+from gfl_jax.errors import InputError
 
 MIN_SIDE = 32
 """Smaller images are not trained on, as in the reference."""
@@ -21,9 +22,13 @@ MIN_SIDE = 32
 class Slots(NamedTuple):
     """A batch as the plan sees it.
 
-    images: index of the image in each slot.  real: False where a slot only fills the batch with an
-    image that is counted elsewhere.  flip: which images are mirrored.  short_side: limit of the
-    shorter side.  canvas: height and width.
+    Attributes:
+        images: int [B], index of the image in each slot.
+        real: bool [B], False where a slot only fills the batch with an image that is counted
+            elsewhere.
+        flip: bool [B], which images are mirrored.
+        short_side: limit of the shorter side, in pixels.
+        canvas: (height, width) in pixels.
     """
 
     images: np.ndarray
@@ -36,47 +41,50 @@ class Slots(NamedTuple):
 def canvases_of(
     scale: tuple[int, int], landscape: tuple[tuple[int, int], ...] = ()
 ) -> tuple[tuple[int, int], ...]:
-    """Landscape canvases and their mirrors, by area; if none is given the one for `scale`."""
+    """All canvases that batches may have.
+
+    Args:
+        scale: limits of the (long, short) sides of images, in pixels.
+        landscape: (height, width) of the landscape canvases; empty: the one that holds `scale`.
+
+    Returns:
+        These and their mirrors, by area.
+    """
     long_side, short_side = (-(-side // 32) * 32 for side in scale)
     landscape = landscape or ((short_side, long_side),)
     both = {*landscape, *((width, height) for height, width in landscape)}
     return tuple(sorted(both, key=lambda canvas: (canvas[0] * canvas[1], canvas)))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class BatchPlan:
     """The batches of a run.
 
-    sizes: (height, width) of every image, int [N, 2].  indices: the images that take part.
-    batch_size: over all devices and hosts.  scale: limits of the (long, short) sides.
-    canvases: see `canvases_of`.  multi_scale: range of the short side, drawn once a batch.
-    flip: its probability.  shuffle: False for evaluation: portrait, then landscape images in order.
-    keep_ratio: False stretches every image to the canvas (short, long) of `scale`, so that images
-    of both orientations share batches.  augmentation: of the images, by `load_batch`.
-    repeats: times every image is seen an epoch.
+    Attributes:
+        data: scales, canvases and augmentation.
+        sizes: (height, width) of every image in pixels, int [N, 2].
+        indices: the images that take part.
+        batch_size: over all devices and hosts.
+        shuffle: False for evaluation: portrait, then landscape images in order. Unless images are
+            stretched (`data.keep_ratio` False), a batch has one orientation.
+        seed: of all that is random.
     """
 
+    data: Data
     sizes: np.ndarray
     indices: np.ndarray
     batch_size: int
-    scale: tuple[int, int]
-    canvases: tuple[tuple[int, int], ...]
-    multi_scale: tuple[int, int] | None = None
-    flip: float = 0.0
     shuffle: bool = False
     seed: int = 0
-    keep_ratio: bool = True
-    augmentation: Literal["flip", "ssd"] = "flip"
-    repeats: int = 1
 
     def __post_init__(self):
         if not len(self.indices):
-            raise ValueError("no image takes part: every one is empty or smaller than 32 pixels")
+            raise InputError("no image takes part: every one is empty or smaller than 32 pixels")
 
     @functools.cached_property
     def _groups(self) -> list[np.ndarray]:
         """Portrait and landscape images, apart: unless stretched, a batch has one orientation."""
-        if not self.keep_ratio:
+        if not self.data.keep_ratio:
             return [self.indices]
         height, width = self.sizes[self.indices].T
         groups = [self.indices[height > width], self.indices[height <= width]]
@@ -85,7 +93,7 @@ class BatchPlan:
     @property
     def steps_per_epoch(self) -> int:
         """Batches that hold every image `repeats` times; the last of each group is filled up."""
-        return sum(-(-len(group) * self.repeats // self.batch_size) for group in self._groups)
+        return sum(-(-len(group) * self.data.repeats // self.batch_size) for group in self._groups)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  (plans live as long as the run)
     def _epoch(self, epoch: int) -> list[Slots]:
@@ -93,7 +101,10 @@ class BatchPlan:
         batches = []
         for group in self._groups:
             order = np.concatenate(
-                [rng.permutation(group) if self.shuffle else group for _ in range(self.repeats)]
+                [
+                    rng.permutation(group) if self.shuffle else group
+                    for _ in range(self.data.repeats)
+                ]
             )
             for start in range(0, len(order), self.batch_size):
                 slots = order[start : start + self.batch_size]
@@ -101,12 +112,12 @@ class BatchPlan:
                 batches.append((filled, np.arange(self.batch_size) < len(slots)))
         if self.shuffle:
             batches = [batches[i] for i in rng.permutation(len(batches))]
-        low, high = self.multi_scale or (self.scale[1], self.scale[1])
+        low, high = self.data.multi_scale or (self.data.scale[1], self.data.scale[1])
         return [
             Slots(
                 images,
                 real,
-                flip=rng.random(self.batch_size) < self.flip,
+                flip=rng.random(self.batch_size) < self.data.flip,
                 short_side=(short_side := int(rng.integers(low, high, endpoint=True))),
                 canvas=self._canvas(images, short_side),
             )
@@ -115,17 +126,18 @@ class BatchPlan:
 
     def _canvas(self, images: np.ndarray, short_side: int) -> tuple[int, int]:
         """The smallest canvas that holds all of these images; the one of `scale` if stretched."""
-        if not self.keep_ratio:
-            return self.scale[1], self.scale[0]
+        if not self.data.keep_ratio:
+            return self.data.scale[1], self.data.scale[0]
+        canvases = canvases_of(self.data.scale, self.data.canvases)
         heights, widths = self.sizes[images].T
-        heights, widths = resized_size(heights, widths, self.scale[0], short_side)
+        heights, widths = resized_size(heights, widths, self.data.scale[0], short_side)
         needed = (int(heights.max()), int(widths.max()))
-        for canvas in self.canvases:
+        for canvas in canvases:
             if needed[0] <= canvas[0] and needed[1] <= canvas[1]:
                 return canvas
-        raise ValueError(
-            f"data.canvases {self.canvases} hold no image of {needed[0]} x {needed[1]} (height x "
-            f"width), which data.scale {self.scale} makes: add a canvas or lower the scale"
+        raise InputError(
+            f"data.canvases {canvases} hold no image of {needed[0]} x {needed[1]} (height x "
+            f"width), which data.scale {self.data.scale} makes: add a canvas or lower the scale"
         )
 
     def __call__(self, step: int) -> Slots:
@@ -133,36 +145,15 @@ class BatchPlan:
         epoch, position = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[position]
 
-    def __hash__(self):
-        return id(self)
-
 
 def train_plan(data: Data, split: PreparedSplit, batch_size: int, seed: int) -> BatchPlan:
-    """Batches of the images that have objects, shuffled anew every epoch."""
+    """Batches of the images that have objects, shuffled again in every epoch."""
     usable = (split.num_boxes > 0) & (split.sizes.min(1) >= MIN_SIDE)
-    return BatchPlan(
-        sizes=split.sizes,
-        indices=np.flatnonzero(usable),
-        batch_size=batch_size,
-        scale=data.scale,
-        canvases=canvases_of(data.scale, data.canvases),
-        multi_scale=data.multi_scale,
-        flip=data.flip,
-        shuffle=True,
-        seed=seed,
-        keep_ratio=data.keep_ratio,
-        augmentation=data.augmentation,
-        repeats=data.repeats,
-    )
+    indices = np.flatnonzero(usable)
+    return BatchPlan(data, split.sizes, indices, batch_size, shuffle=True, seed=seed)
 
 
 def eval_plan(data: Data, split: PreparedSplit, batch_size: int, limit: int = 0) -> BatchPlan:
-    """Batches of all images, or of the first `limit` ones if that is not 0."""
-    return BatchPlan(
-        sizes=split.sizes,
-        indices=np.arange(len(split.sizes))[: limit or None],
-        batch_size=batch_size,
-        scale=data.scale,
-        canvases=canvases_of(data.scale),
-        keep_ratio=data.keep_ratio,
-    )
+    """Batches of all images, or of the first `limit` ones if that is not 0; not augmented."""
+    indices = np.arange(len(split.sizes))[: limit or None]
+    return BatchPlan(data.for_evaluation(), split.sizes, indices, batch_size)

@@ -1,178 +1,361 @@
-"""A COCO-format folder, checked and prepared once as array_record; needs no TensorFlow."""
+"""Preparing: a COCO-format data set is checked and written as `gfl_jax.data.records` reads it.
 
-import contextlib
+`prepare` writes a folder that can be copied anywhere and is opened by `--data.prepared FOLDER`.
+`prepare_in_cache` does the same behind the scenes for a data set that is named by its raw files.
+"""
+
 import dataclasses
-import fcntl
-import functools
 import hashlib
 import io
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
+import tyro
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from tqdm import tqdm
 
 from gfl_jax.data import images
-from gfl_jax.data.coco_format import CocoFolder, OnError, Problem, Report, check
-from gfl_jax.data.records import PreparedSplit, load_split, save_table
+from gfl_jax.data.coco_format import (
+    DataReport,
+    ImageEntry,
+    OnError,
+    Problem,
+    check,
+    data_error,
+    read_json,
+)
+from gfl_jax.data.folders import local_folder, locked, new_folder
+from gfl_jax.data.records import FORMAT, MANIFEST, Table
 
-_SPLIT = "all_images"
 _SHARD_BYTES = 1 << 27
 
 
-class CocoRecords(tfds.core.ShardBasedBuilder):
-    """Prepares a COCO-format folder; the features are those of tfds's `coco/2017` and a few more.
+@dataclasses.dataclass(frozen=True)
+class RawSplit:
+    """A split in COCO's format.
 
-    Not a GeneratorBasedBuilder: beyond 1 GB that one sorts through files that it opens with
-    TensorFlow. The image files' bytes are stored as they are, images by ascending id. The folder of
-    the dataset also gets `report.json` and `table.npz`, before it takes its final name.
+    Attributes:
+        annotations: the json.
+        images: the folder that its file names are relative to.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(self, folder: CocoFolder, on_error: OnError, data_dir: Path):
-        """Takes what `prepare` takes; data_dir holds this one dataset."""
-        self._folder = folder
-        self._on_error = on_error
-        self._kept: list[dict[str, Any]] = []
-        super().__init__(data_dir=data_dir, file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        objects = {
-            "id": np.int64,
-            "area": np.float32,
-            # (y1, x1, y2, x2) / image size. No BBoxFeature: a box may stick out of the image.
-            "bbox": tfds.features.Tensor(shape=(4,), dtype=np.float32),
-            "label": np.int64,
-            "is_crowd": np.bool_,
-            "ignore": np.bool_,
-        }
-        features = {
-            "image": tfds.features.Image(),
-            "image/filename": tfds.features.Text(),
-            "image/id": np.int64,
-            "height": np.int32,
-            "width": np.int32,
-            "objects": tfds.features.Sequence(objects),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="A dataset in COCO's format.",
-            features=tfds.features.FeaturesDict(features),
-        )
-
-    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
-        super()._download_and_prepare(dl_manager, download_config)
-        self._report.conclude(self._kept, self._on_error)
-        directory = Path(self.data_dir)  # still under its temporary name
-        report = json.dumps(dataclasses.asdict(self._report), indent=1)
-        (directory / "report.json").write_text(report)
-        save_table(
-            directory / "table.npz",
-            sizes=[(record["height"], record["width"]) for record in self._kept],
-            num_boxes=[
-                sum(not (entry["is_crowd"] or entry["ignore"]) for entry in record["objects"])
-                for record in self._kept
-            ],
-            image_ids=[record["image/id"] for record in self._kept],
-            category_ids=self._report.category_ids,
-            category_names=self._report.category_names,
-        )
-
-    def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Any]]:
-        records, self._report = check(self._folder, self._on_error)
-        files = [self._folder.images / record["image/filename"] for record in records]
-        shards = np.cumsum([file.stat().st_size for file in files]) // _SHARD_BYTES
-        starts = np.unique(shards, return_index=True)[1].tolist()
-        progress = tqdm(total=len(records), desc="preparing", unit=" images")
-        return {
-            _SPLIT: [
-                functools.partial(self._examples, records[start:end], progress)
-                for start, end in zip(starts, [*starts[1:], len(records)], strict=True)
-            ]
-        }
-
-    def _examples(
-        self, records: list[dict[str, Any]], progress: tqdm
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yields the examples of a shard; a faulty image file becomes a problem instead."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, len(records), 64):
-                block = records[start : start + 64]
-                for record, loaded in zip(block, pool.map(self._load, block), strict=True):
-                    progress.update()
-                    if isinstance(loaded, Problem):
-                        self._report.problems.append(loaded)
-                    else:
-                        self._kept.append(record)
-                        yield record["image/id"], {"image": loaded, **record}
-        if progress.n == progress.total:
-            progress.close()
-
-    def _load(self, record: dict[str, Any]) -> bytes | Problem:
-        """Reads an image file and makes sure that it decodes to the size the json states."""
-        name = record["image/filename"]
-        try:
-            data = (self._folder.images / name).read_bytes()
-            images.decode(data, (record["height"], record["width"]), name)
-        except (OSError, ValueError) as error:
-            wrong_size = isinstance(error, images.ImageSizeError)
-            kind = "wrong image size" if wrong_size else "broken image file"
-            detail = str(error).removeprefix(f"{name}: ")
-            return Problem(kind, name, record["image/id"], None, detail)
-        return data
+    annotations: Path
+    images: Path
 
 
 def prepare(
-    folder: CocoFolder, cache_dir: Path | str, on_error: OnError = "raise"
-) -> PreparedSplit:
-    """Checks a COCO-format folder and prepares it, once; later calls find the result again.
-
-    It is prepared anew if the json or the list of image files (names, sizes, times) changes.
-    Several processes may call this at once: one prepares, the others wait. What became of the
-    images and annotations is printed, and kept as `report.json` beside the records.
+    folder: Path, splits: Mapping[str, RawSplit], on_error: OnError, *, overwrite: bool = False
+) -> bool:
+    """Checks a data set and writes all of it into a folder, which then is complete.
 
     Args:
-        folder: the dataset.
-        cache_dir: where prepared datasets are kept.
+        folder: what to make, on a local disk.
+        splits: by name.
         on_error: "raise" stops at bad input; "skip" leaves it out.
+        overwrite: replaces a prepared folder; otherwise nothing is done where there is one.
+
+    Returns:
+        Whether it was made.
 
     Raises:
         DataError: there are problems (see `check`), or image files that do not decode to the size
-            that the json states.
+            that the json states; or something else lies in that place.
     """
-    folder = CocoFolder(Path(folder.annotations).absolute(), Path(folder.images).absolute())
-    cache_dir = Path(cache_dir).expanduser().absolute()
-    root = cache_dir / _key(folder, on_error, cache_dir)
-    root.mkdir(parents=True, exist_ok=True)
-    directory = root / CocoRecords.name / str(CocoRecords.VERSION)
-    with (root / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # freed when the process ends, however it ends
-        if not directory.exists():
-            shutil.rmtree(directory.parent, ignore_errors=True)  # of an interrupted run
-            with contextlib.redirect_stdout(io.StringIO()):  # tfds announces a download
-                CocoRecords(folder, on_error, root).download_and_prepare()
-    report = json.loads((directory / "report.json").read_text())
-    report["problems"] = [Problem(**problem) for problem in report["problems"]]
-    print(f"{Report(**report).summary()}\n  prepared in {directory}, see report.json")
-    return load_split(directory, _SPLIT, directory / "table.npz", folder.annotations)
+    with locked(folder):
+        if (folder / MANIFEST).is_file():
+            if not overwrite:
+                return False
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise data_error(
+                "in the way", folder, f"it is not empty and no prepared data set (no {MANIFEST})"
+            )
+        with new_folder(folder) as partial:
+            _write(partial, splits, on_error)
+        return True
 
 
-def _key(folder: CocoFolder, on_error: OnError, cache_dir: Path) -> str:
-    """Names a prepared dataset by what it is made from; cache_dir may lie beside the images."""
-    key = hashlib.sha256(f"{folder.images} {CocoRecords.VERSION} {on_error}".encode())
-    if folder.annotations.is_file():
-        key.update(folder.annotations.read_bytes())
-    for parent, subfolders, names in os.walk(folder.images):
-        subfolders[:] = sorted(s for s in subfolders if Path(parent, s) != cache_dir)
-        for file in (os.path.join(parent, name) for name in sorted(names)):
-            if os.path.isfile(file):  # no dangling link
-                stat = os.stat(file)
-                key.update(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode())
-    return f"{folder.annotations.stem}-{key.hexdigest()[:16]}"
+def main(
+    src: tyro.conf.Positional[str],
+    dst: tyro.conf.Positional[str],
+    *,
+    train_annotations: str = "annotations/instances_train2017.json",
+    train_images: str = "train2017",
+    val_annotations: str = "annotations/instances_val2017.json",
+    val_images: str = "val2017",
+    on_error: OnError = "raise",
+    overwrite: bool = False,
+) -> None:
+    """Checks a data set in COCO's format and prepares it once, for `--data.prepared DST`.
+
+    DST then holds all that training and evaluation read. It can be copied anywhere, a bucket
+    included, and needs neither the raw images nor the jsons. A split without a json is left out.
+
+    Args:
+        src: folder of the data set.
+        dst: folder to make; there in full or not at all.
+        train_annotations: json of the training images, relative to SRC.
+        train_images: folder of the training images, relative to SRC.
+        val_annotations: json of the images to evaluate on, relative to SRC.
+        val_images: folder of the images to evaluate on, relative to SRC.
+        on_error: 'raise' stops at bad input; 'skip' leaves it out, counts it and lists it.
+        overwrite: prepares again where DST is complete.
+
+    Raises:
+        DataError: faulty data, every problem named.
+    """
+    root, folder = local_folder(src, "SRC"), local_folder(dst, "DST")
+    named = {
+        "train": RawSplit(root / train_annotations, root / train_images),
+        "val": RawSplit(root / val_annotations, root / val_images),
+    }
+    splits = {name: raw for name, raw in named.items() if raw.annotations.is_file()}
+    if not splits:
+        raise data_error(
+            "missing annotation file",
+            named["train"].annotations,
+            f"no such file, and no {named['val'].annotations}",
+        )
+    for name in named.keys() - splits.keys():
+        print(f"{name}: left out, there is no {named[name].annotations}")
+    if not prepare(folder, splits, on_error, overwrite=overwrite):
+        print(f"{folder} is complete: nothing to do (--overwrite prepares it again)")
+        return
+    for name in splits:
+        print(f"{name}: {report_of(epath.Path(folder), name)}")
+    size = sum(file.stat().st_size for file in folder.rglob("*"))
+    print(f"{folder}: {size / 1e9:.2f} GB, train with --data.prepared {dst}")
+
+
+def prepare_in_cache(name: str, raw: RawSplit, cache_dir: Path, on_error: OnError) -> Path:
+    """Prepares a split in a cache, once; later calls find it again.
+
+    It is found by the json's content and by the names, sizes and times of the image files that the
+    json names, and prepared again if any of them has changed. The json is not read while its own
+    size and time stay what they were. Several processes may call this at once: one prepares, the
+    others wait.
+
+    Args:
+        name: of the split.
+        raw: its files.
+        cache_dir: where prepared folders are kept.
+        on_error: "raise" stops at bad input; "skip" leaves it out.
+
+    Returns:
+        A prepared folder with this split.
+
+    Raises:
+        DataError: see `prepare`.
+    """
+    source = hashlib.sha256(f"{name}\n{raw.annotations}\n{raw.images}\n{on_error}".encode())
+    memory = cache_dir / f"{raw.annotations.stem}-{source.hexdigest()[:16]}.json"
+
+    def folder_of(known: dict[str, Any]) -> Path:
+        files = [f"{n} {_stamp(os.path.join(raw.images, n))}" for n in known["names"]]
+        key = "\n".join([f"{name} {on_error} {FORMAT} {known['sha256']}", *files])
+        digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+        return cache_dir / f"{raw.annotations.stem}-{digest[:16]}"
+
+    known = _recall(memory)
+    if known["annotations"] == _stamp(raw.annotations):
+        folder = folder_of(known)
+        if folder.name in known["folders"] and (folder / MANIFEST).is_file():
+            return folder
+    with locked(memory):
+        known = _recall(memory)
+        stamp = _stamp(raw.annotations)
+        if known["annotations"] != stamp:
+            content, digest = read_json(raw.annotations)
+            names = sorted({n for n in map(_file_name, content["images"]) if n is not None})
+            known |= {"annotations": stamp, "sha256": digest, "names": names}
+        folder = folder_of(known)
+        prepare(folder, {name: raw}, on_error)
+        earlier = [n for n in known["folders"] if n != folder.name and (cache_dir / n).is_dir()]
+        for other in earlier:
+            print(
+                f"{cache_dir / other} was prepared from an earlier state of {raw.annotations} or "
+                "its images: delete it if no run uses it"
+            )
+        known["folders"] = [*earlier, folder.name]
+        new = memory.with_suffix(".new")
+        new.write_text(json.dumps(known))
+        new.replace(memory)
+    return folder
+
+
+def _recall(memory: Path) -> dict[str, Any]:
+    """What is remembered of a source: stamp, sha256 and file names of its json, its folders."""
+    nothing: dict[str, Any] = {"annotations": None, "sha256": "", "names": [], "folders": []}
+    return json.loads(memory.read_text()) if memory.is_file() else nothing
+
+
+def make_table(
+    image_ids: Sequence[int],
+    filenames: Sequence[str],
+    sizes: Sequence[tuple[int, int]],
+    objects: Sequence[Sequence[tuple[Sequence[float], int, bool, bool]]],
+) -> Table:
+    """Puts a table together.
+
+    Args:
+        image_ids: of N images.
+        filenames: of N images.
+        sizes: (height, width) of N images, in pixels.
+        objects: of each image ((x1, y1, x2, y2) in pixels, label, crowd, ignore).
+    """
+    flat = [entry for entries in objects for entry in entries]
+    boxes, labels, crowd, ignore = zip(*flat, strict=True) if flat else ((), (), (), ())
+    return Table(
+        np.array(image_ids, np.int64),
+        np.array([name.encode() for name in filenames], np.bytes_),
+        np.array(sizes, np.int32).reshape(-1, 2),
+        np.cumsum([0, *map(len, objects)], dtype=np.int64),
+        np.array(boxes, np.float64).reshape(-1, 4).astype(np.float32),
+        np.array(labels, np.int32),
+        np.array(crowd, bool),
+        np.array(ignore, bool),
+    )
+
+
+def save_table(file: epath.Path, table: Table) -> None:
+    """Writes a table as an .npz file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **table._asdict())  # type: ignore[arg-type]
+    file.write_bytes(buffer.getvalue())
+
+
+def report_of(folder: epath.Path, split: str) -> str:
+    """A small table of what became of a split's images and annotations."""
+    report = json.loads((folder / split / "report.json").read_text())
+    problems = [Problem(**problem) for problem in report.pop("problems")]
+    return DataReport(problems=problems, **report).summary()
+
+
+def _stamp(file: str | os.PathLike[str]) -> list[int]:
+    """Size and time of a file, by which a change is seen; [-1, -1] if there is none."""
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError):
+        return [-1, -1]
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _file_name(entry: Any) -> str | None:
+    name = entry.get("file_name") if isinstance(entry, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _write(folder: Path, splits: Mapping[str, RawSplit], on_error: OnError) -> None:
+    """Writes a prepared folder; the manifest comes last."""
+    manifest = {
+        "format": FORMAT,
+        "splits": {name: _write_split(folder, name, raw, on_error) for name, raw in splits.items()},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> dict[str, Any]:
+    """Writes the files of a split; returns its entry in the manifest."""
+    (folder / split).mkdir()
+    content, digest = read_json(raw.annotations)
+    entries, report = check(content, raw.annotations, raw.images, on_error)
+    shards: dict[str, int] = {}
+    kept: list[ImageEntry] = []
+    parts = _shards(entries, raw.images)
+    with tqdm(total=len(entries), desc=f"preparing {split}", unit=" images") as progress:
+        for i, part in enumerate(parts):
+            name = f"{split}/images-{i:05d}-of-{len(parts):05d}.array_record"
+            before = len(kept)
+            # Photos are compressed as they are.
+            writer = ArrayRecordWriter(str(folder / name), "group_size:1,uncompressed")
+            for entry, data in _load(part, raw.images, report.problems):
+                progress.update()
+                if data is not None:
+                    writer.write(data)
+                    kept.append(entry)
+            writer.close()
+            shards[name] = len(kept) - before
+    report.conclude(kept, on_error)
+
+    table = make_table(
+        [entry.image_id for entry in kept],
+        [entry.filename for entry in kept],
+        [entry.size for entry in kept],
+        [entry.objects for entry in kept],
+    )
+    save_table(epath.Path(folder / split / "table.npz"), table)
+    categories = {"category_ids": report.category_ids, "category_names": report.category_names}
+    annotations = {
+        "images": [entry.stated for entry in kept],
+        "annotations": [annotation for entry in kept for annotation in entry.annotations],
+        "categories": [
+            {"id": i, "name": name} for i, name in zip(*categories.values(), strict=True)
+        ],
+    }
+    (folder / split / "annotations.json").write_text(json.dumps(annotations))
+    (folder / split / "report.json").write_text(json.dumps(_relocatable(report), indent=1))
+    files = [*shards, *(f"{split}/{name}" for name in ("table.npz", "annotations.json"))]
+    return {
+        "made_from": {"annotations": raw.annotations.name, "sha256": digest, "on_error": on_error},
+        "images": report.images_kept,
+        "annotations": report.annotations_kept,
+        **categories,
+        "shards": {name: count for name, count in shards.items() if count},
+        "bytes": {name: (folder / name).stat().st_size for name in files},
+    }
+
+
+def _shards(entries: Sequence[ImageEntry], folder: Path) -> list[Sequence[ImageEntry]]:
+    """Cuts the images into files of about 128 MiB."""
+    parts: list[list[ImageEntry]] = [[]]
+    size = 0
+    for entry in entries:
+        if size >= _SHARD_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(entry)
+        size += (folder / entry.filename).stat().st_size
+    return parts  # type: ignore[return-value]
+
+
+def _load(
+    entries: Sequence[ImageEntry], folder: Path, problems: list[Problem]
+) -> Iterator[tuple[ImageEntry, bytes | None]]:
+    """Yields images with their files' bytes; None, and a problem more, for a faulty file."""
+
+    def load(entry: ImageEntry) -> bytes | Problem:
+        """Reads an image file and makes sure that it decodes to the size the json states."""
+        try:
+            data = (folder / entry.filename).read_bytes()
+            images.decode(data, entry.size, entry.filename)
+        except (OSError, ValueError) as error:
+            wrong_size = isinstance(error, images.ImageSizeError)
+            kind = "wrong image size" if wrong_size else "broken image file"
+            detail = str(error).removeprefix(f"{entry.filename}: ")
+            return Problem(kind, entry.filename, entry.image_id, None, detail)
+        return data
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(entries), 64):
+            block = entries[start : start + 64]
+            for entry, loaded in zip(block, pool.map(load, block), strict=True):
+                if isinstance(loaded, Problem):
+                    problems.append(loaded)
+                    yield entry, None
+                else:
+                    yield entry, loaded
+
+
+def _relocatable(report: DataReport) -> dict[str, Any]:
+    """A report as JSON that names the annotation file without its folder."""
+    name = Path(report.annotations_file).name
+    problems = [
+        p if p.file != report.annotations_file else dataclasses.replace(p, file=name)
+        for p in report.problems
+    ]
+    return dataclasses.asdict(dataclasses.replace(report, annotations_file=name, problems=problems))

@@ -1,44 +1,93 @@
-"""A prepared dataset, read at random: the images of a split and their annotations."""
+"""A prepared data set, read at random: the images of a split and their annotations.
+
+A prepared folder can be copied anywhere, a bucket included. It holds, for each of its splits::
+
+    manifest.json                              what it was made from, its classes and its files
+    train/images-00000-of-00002.array_record   the image files' bytes, one record each
+    train/table.npz                            all else that training needs, see `Table`
+    train/annotations.json                     the kept annotations, for the evaluation
+    train/report.json                          what was left out, and why
+
+Opening it reads the manifest and the table.
+"""
 
 import dataclasses
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import functools
+import io
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from etils import epath
+
+from gfl_jax.errors import InputError, MissingFileError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class Table(NamedTuple):
+    """What is known of N images and their M objects besides pixels, image by image.
+
+    Attributes:
+        image_ids: int64 [N], as in the annotations.
+        filenames: bytes [N], UTF-8, as in the annotations.
+        sizes: int32 [N, 2], (height, width) in pixels.
+        starts: int64 [N + 1]; image i has the objects from starts[i] up to starts[i + 1].
+        boxes: float32 [M, 4], (x1, y1, x2, y2) in pixels; may stick out of the image.
+        labels: int32 [M], 0-based.
+        crowd: bool [M], a region of many objects, no ground truth for training.
+        ignore: bool [M], no ground truth for training either.
+    """
+
+    image_ids: np.ndarray
+    filenames: np.ndarray
+    sizes: np.ndarray
+    starts: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    ignore: np.ndarray
+
+
+def load_table(file: epath.Path) -> Table:
+    """Reads a table.npz."""
+    with np.load(io.BytesIO(file.read_bytes())) as columns:
+        return Table(**columns)
 
 
 class RecordSource:
-    """Random access to the images of a prepared dataset and their boxes.
+    """Random access to images and their annotations.
 
     It can be pickled; every process opens the files for itself when it first reads.
     """
 
-    def __init__(self, directory: Path, split: str, sizes: np.ndarray):
-        """Takes the dataset's folder, its split and int32 [N, 2] (height, width) of the images."""
-        self.directory, self._split, self._sizes = directory, split, sizes
-        self._records: Sequence[Any] | None = None
+    def __init__(self, name: str, open_images: Callable[[], Sequence[bytes]], table: Table):
+        """Takes a name, a function that can be pickled and opens the images' bytes, the table."""
+        self.name, self._open_images, self._table = name, open_images, table
+        self._images: Sequence[bytes] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns all but the open files."""
-        return {**self.__dict__, "_records": None}
+        return {**self.__dict__, "_images": None}
 
     def __repr__(self) -> str:
         """Returns the same text in every process."""
-        return f"RecordSource({str(self.directory)!r}, {self._split!r})"
+        return f"RecordSource({self.name!r})"
 
     def __len__(self) -> int:
         """Returns the number of images."""
-        return len(self._sizes)
+        return len(self._table.image_ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns an image and its annotations.
 
         Returns:
             image: the bytes of the image file.
-            image_id, filename: as in the json.
+            image_id, filename: as in the annotations.
             height, width: of the image, in pixels.
             boxes: float32 [n, 4], (x1, y1, x2, y2) in pixels; may stick out of the image.
             labels: int32 [n], 0-based.
@@ -47,80 +96,133 @@ class RecordSource:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        if self._records is None:
-            self._records = open_records(self.directory, self._split)[1]
-        example = self._records[index]
-        height, width = map(int, self._sizes[index])
+        if self._images is None:
+            self._images = self._open_images()
+        table = self._table
+        height, width = map(int, table.sizes[index])
+        objects = slice(table.starts[index], table.starts[index + 1])
         return {
-            "image": example["image"],
-            "image_id": int(example["image/id"]),
-            "filename": example["image/filename"].decode(),
+            "image": self._images[index],
+            "image_id": int(table.image_ids[index]),
+            "filename": table.filenames[index].decode(),
             "height": height,
             "width": width,
-            **boxes_of(example["objects"], height, width),
+            "boxes": table.boxes[objects],
+            "labels": table.labels[objects],
+            "crowd": table.crowd[objects],
+            "ignore": table.ignore[objects],
         }
-
-
-def open_records(directory: Path, split: str) -> tuple[tfds.core.DatasetInfo, Sequence[Any]]:
-    """Opens a dataset prepared by tfds; its images are left encoded."""
-    builder = tfds.builder_from_directory(directory)
-    decoders = {"image": tfds.decode.SkipDecoding()}
-    return builder.info, builder.as_data_source(split, decoders=decoders)
-
-
-def boxes_of(objects: dict[str, np.ndarray], height: int, width: int) -> dict[str, np.ndarray]:
-    """Returns boxes, labels, crowd and ignore of `RecordSource` from the stored features."""
-    yxyx = np.reshape(objects["bbox"], (-1, 4)) * np.array([height, width] * 2, np.float64)
-    # COCO's boxes have two decimals; float32 moves a width of 1 by less than 1e-3.
-    small = (yxyx[:, 2:] - yxyx[:, :2] < 1 - 1e-3).any(axis=1)
-    return {
-        "boxes": yxyx[:, [1, 0, 3, 2]].astype(np.float32),
-        "labels": np.array(objects["label"], np.int32),
-        "crowd": np.array(objects["is_crowd"], bool),
-        # tfds's own datasets lack `ignore`, and their whole-number areas cannot tell 0 from 0.9.
-        "ignore": np.array(objects.get("ignore", small), bool),
-    }
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedSplit:
-    """A dataset that is ready to be read; entry i of each array belongs to image i of `source`.
+    """A split that is ready to be read.
 
     Attributes:
-        source: the images and their annotations.
-        sizes: int32 [N, 2], (height, width) in pixels.
-        num_boxes: int32 [N], boxes that are ground truth for training: no crowd, not ignored.
-        image_ids: int64 [N].
+        source: the images and their annotations, by index.
+        table: the same without the images.
         category_ids: the id of each class label.
         category_names: the name of each class label.
-        annotations: the original json, for the evaluation, if there is one.
+        annotations: a COCO json of what was kept, for the evaluation; None if there is none.
     """
 
     source: RecordSource
-    sizes: np.ndarray
-    num_boxes: np.ndarray
-    image_ids: np.ndarray
+    table: Table
     category_ids: list[int]
     category_names: list[str]
-    annotations: Path | None
+    annotations: epath.Path | None
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(height, width) of the images in pixels, int32 [N, 2]."""
+        return self.table.sizes
+
+    @property
+    def image_ids(self) -> np.ndarray:
+        """The images' ids, int64 [N]."""
+        return self.table.image_ids
+
+    @functools.cached_property
+    def num_boxes(self) -> np.ndarray:
+        """How many objects of each image training sees: no crowd, not ignored; int64 [N]."""
+        images = np.repeat(np.arange(len(self.table.image_ids)), np.diff(self.table.starts))
+        trained = ~(self.table.crowd | self.table.ignore)
+        return np.bincount(images[trained], minlength=len(self.table.image_ids))
 
 
-def save_table(file: Path, **columns: list[Any]) -> None:
-    """Saves the arrays of a `PreparedSplit`; the file is there in full or not at all."""
-    temporary = file.with_name(f"{file.stem}.{os.getpid()}.npz")
-    types = {"sizes": np.int32, "num_boxes": np.int32, "category_names": np.str_}
-    arrays: dict[str, Any] = {
-        name: np.array(column, types.get(name, np.int64)) for name, column in columns.items()
-    }
-    np.savez(temporary, **arrays)
-    temporary.replace(file)
+class Shard(NamedTuple):
+    """Records of one file, as ArrayRecordDataSource wants to be told."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
 
 
-def load_split(directory: Path, split: str, table: Path, annotations: Path | None) -> PreparedSplit:
-    """Opens a prepared dataset by its table of sizes."""
-    with np.load(table) as columns:
-        arrays = dict(columns)
-    arrays["category_ids"] = arrays["category_ids"].tolist()
-    arrays["category_names"] = arrays["category_names"].tolist()
-    source = RecordSource(directory, split, arrays["sizes"])
-    return PreparedSplit(source=source, annotations=annotations, **arrays)
+def open_images(shards: Sequence[Shard]) -> Sequence[bytes]:
+    """The images' bytes of some array_record files, local or on gs://."""
+    return ArrayRecordDataSource(list(shards))
+
+
+def open_prepared(folder: epath.PathLike, split: str) -> PreparedSplit:
+    """Opens a split of a prepared folder, local or on gs://.
+
+    Raises:
+        MissingFileError: there is no complete prepared folder, or a file of it is missing.
+        InputError: it was prepared by a newer version, lacks the split or is damaged.
+    """
+    folder = epath.Path(folder).expanduser()
+    manifest = read_manifest(folder)
+    if split not in manifest["splits"]:
+        raise InputError(
+            f"{folder} has no split {split!r}, only {', '.join(manifest['splits'])}: prepare it "
+            "again with the annotations of that split"
+        )
+    entry = manifest["splits"][split]
+    _check_sizes({folder / name: size for name, size in entry["bytes"].items()})
+    shards = [Shard(str(folder / name), 0, n, n) for name, n in entry["shards"].items()]
+    table = load_table(folder / split / "table.npz")
+    return PreparedSplit(
+        RecordSource(f"{folder}:{split}", functools.partial(open_images, shards), table),
+        table,
+        entry["category_ids"],
+        entry["category_names"],
+        folder / split / "annotations.json",
+    )
+
+
+def read_manifest(folder: epath.Path) -> dict[str, Any]:
+    """What a prepared folder holds.
+
+    Raises:
+        MissingFileError: there is no complete prepared folder.
+        InputError: a newer version prepared it.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError as error:
+        raise MissingFileError(
+            f"{folder} holds no prepared data set (no {MANIFEST}): make one with gfl-jax prepare "
+            "SRC DST"
+        ) from error
+    if manifest.get("format") != FORMAT:
+        raise InputError(
+            f"{folder / MANIFEST} has format {manifest.get('format')}, this version of gfl_jax "
+            f"reads {FORMAT}: update gfl_jax, or prepare the data set again"
+        )
+    return manifest
+
+
+def _check_sizes(sizes: dict[epath.Path, int]) -> None:
+    """Makes sure that a folder was copied whole."""
+
+    def size_of(file: epath.Path) -> int:
+        return file.stat().length if file.exists() else -1
+
+    with ThreadPoolExecutor(16) as pool:
+        for file, expected, found in zip(
+            sizes, sizes.values(), pool.map(size_of, sizes), strict=True
+        ):
+            if found != expected:
+                state = "is missing" if found < 0 else f"has {found} bytes, not {expected}"
+                raise InputError(f"{file} {state}: copy the prepared folder again, all of it")

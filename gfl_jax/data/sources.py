@@ -1,51 +1,110 @@
-"""Where images and boxes come from."""
+"""Where images and boxes come from, and how they reach the network."""
 
 import dataclasses
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from gfl_jax.data.coco_format import CocoFolder
-from gfl_jax.data.prepare import prepare
-from gfl_jax.data.records import PreparedSplit
-from gfl_jax.data.shapes.dataset import Shapes, make_shapes
-from gfl_jax.data.tfds_source import open_tfds
+import tyro
+from etils import epath
+
+from gfl_jax.data.coco_format import OnError
+from gfl_jax.data.folders import local_folder
+from gfl_jax.data.prepare import RawSplit, prepare_in_cache, report_of
+from gfl_jax.data.records import PreparedSplit, open_prepared
+from gfl_jax.data.shapes.dataset import Shapes
+from gfl_jax.data.tfds_source import Tfds
+from gfl_jax.errors import InputError, UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class CocoFolder:
+    """Raw images and jsons in COCO's format; checked and prepared at the first start.
+
+    Attributes:
+        root: the folder of the data set.
+        train_annotations: json of the training images, relative to root.
+        train_images: folder of the training images, relative to root.
+        val_annotations: json of the images to evaluate on, relative to root.
+        val_images: folder of the images to evaluate on, relative to root.
+        cache_dir: where the prepared data is kept.
+        on_error: 'raise' stops at bad input; 'skip' leaves it out, counts it and lists it.
+    """
+
+    root: str = ""
+    train_annotations: str = "annotations/instances_train2017.json"
+    train_images: str = "train2017"
+    val_annotations: str = "annotations/instances_val2017.json"
+    val_images: str = "val2017"
+    cache_dir: str = "~/.cache/gfl_jax"
+    on_error: OnError = "raise"
+
+    def open(self, split: str) -> PreparedSplit:
+        """Opens 'train' or 'val'; checks and prepares it first if need be.
+
+        Raises:
+            DataError: faulty data, every problem named.
+            UsageError: the data set was not named.
+        """
+        if not self.root:
+            raise UsageError(
+                "data.root is empty: name the data set's folder with --data.root FOLDER, or a "
+                "prepared one with --data.prepared FOLDER"
+            )
+        cache = local_folder(self.cache_dir, "--data.cache-dir")
+        folder = prepare_in_cache(split, self.raw_splits()[split], cache, self.on_error)
+        print(f"{report_of(epath.Path(folder), split)}\n  prepared in {folder}")
+        return open_prepared(folder, split)
+
+    def raw_splits(self) -> dict[str, RawSplit]:
+        """The files of 'train' and 'val'."""
+        root = local_folder(self.root, "--data.root")
+        return {
+            "train": RawSplit(root / self.train_annotations, root / self.train_images),
+            "val": RawSplit(root / self.val_annotations, root / self.val_images),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A folder that `gfl-jax prepare` has made; nothing else is opened.
+
+    Attributes:
+        prepared: the folder, on a disk or a bucket (gs://).
+    """
+
+    prepared: str
+
+    def open(self, split: str) -> PreparedSplit:
+        """Opens 'train' or 'val'."""
+        return open_prepared(epath.Path(self.prepared), split)
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Where images and boxes come from and how they reach the network.
 
-    source: 'shapes' (made on the spot), 'coco' (a COCO-format folder) or the name of a tfds dataset
-        prepared as array_record, such as 'coco/2017'.
-    root: folder of the data set ('coco'), of tfds's data ('coco/2017'), or empty for 'shapes'.
-    train_annotations, train_images, val_annotations, val_images: json files and image folders,
-        relative to root.  For a tfds dataset val_annotations may name the original json.
-    shapes: contents of the 'shapes' data set.
-    cache_dir: where prepared data is kept.
-    on_error: 'raise' stops at bad input; 'skip' leaves it out, counts it and lists it.
-    scale: images are resized keeping their ratio to fit these (long, short) sides, in pixels.
-    keep_ratio: False stretches every image to exactly `scale`, as (width, height), multiples of 32.
-    multi_scale: smallest and largest short side in training, drawn once a batch; None: one scale.
-    canvases: (height, width) of the landscape canvases, small to large, multiples of 32; portrait
-        ones are their mirrors. Empty: the one that holds `scale`.
-    flip: probability of a horizontal flip in training.
-    augmentation: in training; 'flip' is that flip alone, 'ssd' also zooms out, crops and changes
-        colours as SSD does.
-    repeats: times every image is seen in an epoch of training.
-    workers: processes that prepare batches; 0 uses threads of the training process.
-    cache_megabytes: memory for resized images ('ssd': originals), in each worker: a small data set
-        is decoded once.
+    Attributes:
+        source: where they come from. Fields of a source are flags right under `--data`, such as
+            --data.root; one that no other source has, such as --data.prepared, also chooses it.
+        scale: images are resized keeping their ratio to fit these (long, short) sides, in pixels.
+        keep_ratio: False stretches every image to exactly `scale`, as (width, height) in pixels,
+            multiples of 32.
+        multi_scale: smallest and largest short side in training, in pixels, drawn once a batch;
+            None: one scale.
+        canvases: (height, width) of the landscape canvases in pixels, small to large, multiples of
+            32; portrait ones are their mirrors. Empty: the one that holds `scale`.
+        flip: probability of a horizontal flip in training.
+        augmentation: in training; 'flip' is that flip alone, 'ssd' also zooms out, crops and
+            changes colours as SSD does.
+        repeats: times every image is seen in an epoch of training.
+        workers: processes that prepare batches; 0 uses threads of the training process.
+        worker_threads: batches that each worker prepares at the same time.
+        worker_batches: batches that each worker has ready in its own memory.
+        shared_batches: batches of each worker that wait in /dev/shm, see docs/scaling.md.
+        cache_megabytes: memory for resized images ('ssd': originals), in each worker, in MiB: a
+            small data set is decoded once.
     """
 
-    source: str = "coco"
-    root: str = ""
-    train_annotations: str = "annotations/instances_train2017.json"
-    train_images: str = "train2017"
-    val_annotations: str = "annotations/instances_val2017.json"
-    val_images: str = "val2017"
-    shapes: Shapes = Shapes()
-    cache_dir: str = "~/.cache/gfl_jax"
-    on_error: Literal["raise", "skip"] = "raise"
+    source: Annotated[CocoFolder | Shapes | Tfds | Prepared, tyro.conf.arg(name="")] = CocoFolder()
     scale: tuple[int, int] = (1333, 800)
     keep_ratio: bool = True
     multi_scale: tuple[int, int] | None = None
@@ -54,69 +113,59 @@ class Data:
     augmentation: Literal["flip", "ssd"] = "flip"
     repeats: int = 1
     workers: int = 4
+    worker_threads: int = 2
+    worker_batches: int = 4
+    shared_batches: int = 1
     cache_megabytes: int = 0
 
     def __post_init__(self):
         if self.scale[0] < self.scale[1] or self.scale[1] < 32:
-            raise ValueError(f"data.scale is {self.scale}; give (long, short) sides, short >= 32")
+            raise InputError(f"data.scale is {self.scale}; give (long, short) sides, short >= 32")
         if (
             self.multi_scale
             and not 32 <= self.multi_scale[0] <= self.multi_scale[1] <= self.scale[1]
         ):
-            raise ValueError(
+            raise InputError(
                 f"data.multi_scale is {self.multi_scale}; give (smallest, largest) short sides "
                 f"between 32 and {self.scale[1]}, the short side of data.scale"
             )
         for canvas in self.canvases:
             if canvas[0] % 32 or canvas[1] % 32 or canvas[0] > canvas[1]:
-                raise ValueError(
+                raise InputError(
                     f"data.canvases has {canvas}; give (height, width) with height <= width, both "
                     "multiples of 32"
                 )
         if not 0 <= self.flip <= 1:
-            raise ValueError(f"data.flip is {self.flip}; it is a probability")
+            raise InputError(f"data.flip is {self.flip}; it is a probability")
         if not self.keep_ratio:
             if self.scale[0] % 32 or self.scale[1] % 32:
-                raise ValueError(
+                raise InputError(
                     f"data.scale is {self.scale}; without data.keep_ratio both sides must be "
                     "multiples of 32"
                 )
             if self.multi_scale or self.canvases:
-                raise ValueError(
+                raise InputError(
                     "data.multi_scale and data.canvases need data.keep_ratio: without it every "
                     "image is stretched to data.scale"
                 )
         elif self.augmentation == "ssd":
-            raise ValueError("data.augmentation 'ssd' stretches images: set data.keep_ratio False")
-        if self.repeats < 1:
-            raise ValueError(f"data.repeats is {self.repeats}; it must be at least 1")
+            raise InputError("data.augmentation 'ssd' stretches images: set data.keep_ratio False")
+        for field in ("repeats", "worker_threads", "worker_batches", "shared_batches"):
+            if getattr(self, field) < 1:
+                raise InputError(f"data.{field} is {getattr(self, field)}; it must be at least 1")
+
+    def for_evaluation(self) -> "Data":
+        """The same images at one scale, without augmentation."""
+        return dataclasses.replace(
+            self, multi_scale=None, canvases=(), flip=0.0, augmentation="flip", repeats=1
+        )
 
 
 def open_split(data: Data, split: str) -> PreparedSplit:
     """Opens the 'train' or 'val' split of an experiment; makes and prepares it first if need be.
 
     Raises:
-        gfl_jax.data.coco_format.DataError: faulty data, every problem named.
-        ValueError: a data set that was not named.
+        DataError: faulty data, every problem named.
+        UsageError: a data set that was not named.
     """
-    cache = Path(data.cache_dir).expanduser()
-    if data.source == "shapes":
-        name = f"shapes-{data.shapes.num_train}-{data.shapes.num_val}-" + "x".join(
-            map(str, (*data.shapes.image_size, data.shapes.seed, data.shapes.blurred))
-        )
-        root = make_shapes(Path(data.root).expanduser() if data.root else cache / name, data.shapes)
-        folder = CocoFolder(root / "annotations" / f"instances_{split}.json", root / split)
-        return prepare(folder, cache, data.on_error)
-    if not data.root:
-        raise ValueError("data.root is empty: name the data set's folder with --data.root FOLDER")
-    root = Path(data.root).expanduser()
-    if data.source == "coco":
-        json_file, image_folder = {
-            "train": (data.train_annotations, data.train_images),
-            "val": (data.val_annotations, data.val_images),
-        }[split]
-        return prepare(CocoFolder(root / json_file, root / image_folder), cache, data.on_error)
-    original = root / data.val_annotations
-    judged = split == "val" and original.is_file()
-    name = {"train": "train", "val": "validation"}[split]
-    return open_tfds(data.source, name, root, cache, original if judged else None)
+    return data.source.open(split)

@@ -1,69 +1,131 @@
-"""A detection dataset that tfds has prepared as array_record, such as `coco/2017`."""
+"""A detection data set that tfds has prepared as array_record, such as `coco/2017`."""
 
+import dataclasses
+import functools
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from tqdm import tqdm
 
 from gfl_jax.data import images
 from gfl_jax.data.coco_format import data_error, read_json
-from gfl_jax.data.records import PreparedSplit, boxes_of, load_split, open_records, save_table
+from gfl_jax.data.folders import local_folder, locked, new_folder
+from gfl_jax.data.prepare import make_table, save_table
+from gfl_jax.data.records import FORMAT, PreparedSplit, RecordSource, load_table
 
 # The category ids of COCO's 80 classes.
 _COCO_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 
 
-def open_tfds(
-    name: str,
-    split: str,
-    data_dir: Path | str,
-    cache_dir: Path | str,
-    annotations: Path | None = None,
-) -> PreparedSplit:
-    """Opens a detection dataset that tfds has prepared as array_record, such as `coco/2017`.
+@dataclasses.dataclass(frozen=True)
+class Tfds:
+    """A detection data set that tfds has prepared as array_record. Needs no TensorFlow.
 
-    The first call reads all of it for the sizes of the images and the numbers of boxes.
+    Attributes:
+        name: the data set and its config, if need be with the version: 'coco/2017:1.1.0'.
+        root: where tfds keeps its data sets.
+        val_annotations: the original json of the validation split, relative to root: evaluation
+            then judges against it. Where there is no such file, against what tfds stored.
+        cache_dir: where sizes and boxes of all images are kept; the first start reads them.
+    """
+
+    name: str = "coco/2017"
+    root: str = "~/tensorflow_datasets"
+    val_annotations: str = "annotations/instances_val2017.json"
+    cache_dir: str = "~/.cache/gfl_jax"
+
+    def open(self, split: str) -> PreparedSplit:
+        """Opens 'train' or 'val'."""
+        root = local_folder(self.root, "--data.root")
+        original = root / self.val_annotations
+        judged = split == "val" and original.is_file()
+        name = {"train": "train", "val": "validation"}[split]
+        cache = local_folder(self.cache_dir, "--data.cache-dir")
+        return open_tfds(self.name, name, root, cache, original if judged else None)
+
+
+class EncodedImages(Sequence[bytes]):
+    """The images' bytes of a data set of tfds."""
+
+    def __init__(self, directory: Path, split: str):
+        """Opens a data set prepared by tfds; its images are left encoded."""
+        builder = tfds.builder_from_directory(directory)
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        self.info = builder.info
+        self.examples = builder.as_data_source(split, decoders=decoders)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.examples[index]["image"]
+
+
+def open_tfds(
+    name: str, split: str, data_dir: Path, cache_dir: Path, annotations: Path | None = None
+) -> PreparedSplit:
+    """Opens a split of a data set of tfds.
+
+    The first call reads all of it for the sizes of the images and their boxes.
 
     Args:
-        name: the dataset and its config, if need be with the version: `coco/2017:1.1.0`.
+        name: the data set and its config, if need be with the version: `coco/2017:1.1.0`.
         split: such as `train` or `validation[:10%]`.
-        data_dir: where tfds keeps its datasets.
-        cache_dir: where the sizes are kept.
+        data_dir: where tfds keeps its data sets.
+        cache_dir: where the sizes and boxes are kept.
         annotations: the original json, if there is one: for the evaluation, and for the category
             ids unless the classes are COCO's 80.
 
     Raises:
-        DataError: there is no such dataset or split as array_record, or the json belongs to
-            another dataset.
+        DataError: there is no such data set or split as array_record, or the json belongs to
+            another data set.
     """
-    directory = _tfds_directory(name, Path(data_dir).expanduser())
+    directory = _directory(name, data_dir)
     try:
-        info, records = open_records(directory, split)
+        encoded = EncodedImages(directory, split)
     except (NotImplementedError, ValueError) as error:
         advice = (
             f"tfds convert_format --out_file_format=array_record --dataset_version_dir={directory}"
         )
         raise data_error("unreadable dataset", directory, str(error), advice) from error
-    if annotations and not annotations.is_file():
-        raise data_error("missing annotation file", annotations, "no such file")
-    original = annotations.read_bytes() if annotations else b""
-    key = hashlib.sha256((directory / "dataset_info.json").read_bytes() + original)
-    key.update(f"{directory} {split}".encode())
-    table = Path(cache_dir).expanduser() / f"tfds-{key.hexdigest()[:16]}.npz"
-    if not table.exists():
-        table.parent.mkdir(parents=True, exist_ok=True)
-        save_table(table, **_tfds_table(info, records, annotations))
-    return load_split(directory, split, table, annotations)
+    key = hashlib.sha256((directory / "dataset_info.json").read_bytes())
+    key.update(f"{directory} {split} {FORMAT}".encode())
+    if annotations:
+        if not annotations.is_file():
+            raise data_error("missing annotation file", annotations, "no such file")
+        status = annotations.stat()
+        key.update(f"{annotations} {status.st_size} {status.st_mtime_ns}".encode())
+    folder = cache_dir / f"tfds-{key.hexdigest()[:16]}"
+    if not folder.exists():
+        with locked(folder):
+            if not folder.exists():
+                with new_folder(folder) as partial:
+                    _write(epath.Path(partial), encoded, annotations)
+    table = load_table(epath.Path(folder / "table.npz"))
+    category_ids = json.loads((folder / "category_ids.json").read_text())
+    kept = epath.Path(folder / "annotations.json")
+    return PreparedSplit(
+        RecordSource(
+            f"{directory}:{split}", functools.partial(EncodedImages, directory, split), table
+        ),
+        table,
+        category_ids,
+        encoded.info.features["objects"]["label"].names,
+        kept if annotations else None,
+    )
 
 
-def _tfds_directory(name: str, data_dir: Path) -> Path:
-    """Returns the folder of a dataset's newest, or named, version."""
+def _directory(name: str, data_dir: Path) -> Path:
+    """Returns the folder of a data set's newest, or named, version."""
     name, _, version = name.partition(":")
-    found = (data_dir / name).glob(f"{version or '*.*.*'}/dataset_info.json")
-    versions = [tfds.core.Version(file.parent.name) for file in found]
+    files = (data_dir / name).glob(f"{version or '*.*.*'}/dataset_info.json")
+    versions = [tfds.core.Version(file.parent.name) for file in files]
     if not versions:
         advice = f"tfds build {name} --file_format=array_record --data_dir={data_dir}"
         raise data_error(
@@ -72,34 +134,62 @@ def _tfds_directory(name: str, data_dir: Path) -> Path:
     return data_dir / name / str(max(versions))
 
 
-def _tfds_table(
-    info: tfds.core.DatasetInfo, records: Sequence[Any], annotations: Path | None
-) -> dict[str, list[Any]]:
-    """Returns the columns of `save_table` for a dataset prepared by tfds."""
-    label = info.features["objects"]["label"]
+def _write(folder: epath.Path, encoded: EncodedImages, annotations: Path | None) -> None:
+    """Reads all examples and writes table.npz, category_ids.json and, of the json, annotations.
+
+    Raises:
+        DataError: the json belongs to another data set.
+    """
+    label = encoded.info.features["objects"]["label"]
     stated: dict[int, tuple[int, int]] = {}
+    content: dict[str, Any] = {}
     category_ids = _COCO_IDS
     if annotations:
-        content = read_json(annotations)
+        content, _ = read_json(annotations)
         stated = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
         category_ids = sorted(category["id"] for category in content["categories"])
     if len(category_ids) != label.num_classes:
         detail = f"{label.num_classes} classes, where the annotations have {len(category_ids)}"
-        raise data_error("other classes", annotations or info.full_name, detail)
-    sizes, num_boxes, image_ids = [], [], []
-    for example in tqdm(records, desc=f"reading {info.full_name}", unit=" images"):
+        raise data_error("other classes", annotations or encoded.info.full_name, detail)
+    image_ids, filenames, sizes, objects = [], [], [], []
+    examples = tqdm(encoded.examples, desc=f"reading {encoded.info.full_name}", unit=" images")
+    for example in examples:
         image_id, file = int(example["image/id"]), example["image/filename"].decode()
         if annotations and image_id not in stated:
             raise data_error("absent image", annotations, f"it lists no image {image_id} ({file})")
         size = stated.get(image_id) or images.image_size(example["image"], file)
-        boxes = boxes_of(example["objects"], *size)
-        sizes.append(size)
-        num_boxes.append(int((~boxes["crowd"] & ~boxes["ignore"]).sum()))
         image_ids.append(image_id)
-    return {
-        "sizes": sizes,
-        "num_boxes": num_boxes,
-        "image_ids": image_ids,
-        "category_ids": category_ids,
-        "category_names": label.names,
-    }
+        filenames.append(file)
+        sizes.append(size)
+        objects.append(_objects(example["objects"], size))
+    save_table(folder / "table.npz", make_table(image_ids, filenames, sizes, objects))
+    (folder / "category_ids.json").write_text(json.dumps(category_ids))
+    if annotations:
+        there = set(image_ids)
+        kept = {
+            "images": [image for image in content["images"] if image["id"] in there],
+            "annotations": [
+                {"area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0} | entry
+                for entry in content["annotations"]
+                if entry["image_id"] in there
+            ],
+            "categories": [
+                {"id": i, "name": name} for i, name in zip(category_ids, label.names, strict=True)
+            ],
+        }
+        (folder / "annotations.json").write_text(json.dumps(kept))
+
+
+def _objects(objects: dict[str, np.ndarray], size: tuple[int, int]) -> Sequence[Any]:
+    """The objects of an example as `make_table` takes them.
+
+    tfds stores boxes as (y1, x1, y2, x2) in shares of the image's height and width.
+    """
+    yxyx = np.reshape(objects["bbox"], (-1, 4)) * np.array([*size, *size], np.float64)
+    # tfds's data sets lack `ignore`, and their whole-number areas cannot tell 0 from 0.9. COCO's
+    # boxes have two decimals; float32 shares move a width of 1 by less than 1e-3.
+    small = (yxyx[:, 2:] - yxyx[:, :2] < 1 - 1e-3).any(axis=1)
+    boxes, labels = yxyx[:, [1, 0, 3, 2]], np.asarray(objects["label"])
+    crowd = np.asarray(objects["is_crowd"])
+    ignore = np.asarray(objects.get("ignore", small))
+    return list(zip(boxes, labels, crowd, ignore, strict=True))

@@ -13,7 +13,7 @@ import fnmatch
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -21,7 +21,8 @@ import tyro
 
 from gfl_jax.cli import CONFIGS, load_experiment, load_rows
 from gfl_jax.config import Data, Experiment, Row, Train, from_dict, to_dict
-from gfl_jax.data.sources import open_split
+from gfl_jax.data.records import MANIFEST
+from gfl_jax.data.sources import Prepared, Shapes, open_split
 from gfl_jax.distributed import parallel
 from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.network import Backbone, Model, Network
@@ -97,12 +98,17 @@ def small(experiment: Experiment, num_images: int) -> Experiment:
     )
 
 
+def _moved(source: Any, root: str) -> Any:
+    """The same source of data in another folder."""
+    return dataclasses.replace(source, root=root)
+
+
 def data_of(source: str, budget: str, own: Data) -> Data:
     """The data of a row: from elsewhere, seen as the row's own are.
 
     Args:
-        source: 'shapes'; a folder in COCO 2017's layout; or a config file whose data it is, with
-            the folder of its root behind a colon: CONFIG.py:FOLDER.
+        source: 'shapes'; a prepared folder; one in COCO 2017's layout; or a config file whose data
+            it is, with the folder of its root behind a colon: CONFIG.py:FOLDER.
         budget: with 'small', images fit 128 x 128 pixels (shapes and SSD) or 192 x 144.
         own: the row's.
 
@@ -110,13 +116,16 @@ def data_of(source: str, budget: str, own: Data) -> Data:
         FileNotFoundError: there is no such folder or file.
     """
     if source == "shapes":
-        data = Data(source="shapes", workers=0, cache_megabytes=192)
+        data = Data(source=Shapes(), workers=0, cache_megabytes=192)
     elif ".py" in source:
         file, _, root = source.partition(".py:")
         data = load_experiment(f"{file}.py" if root else source).data
-        data = dataclasses.replace(data, root=root or data.root)
+        if root:
+            data = dataclasses.replace(data, source=_moved(data.source, root))
+    elif (Path(source).expanduser() / MANIFEST).is_file():
+        data = dataclasses.replace(own, source=Prepared(source))
     elif Path(source).expanduser().is_dir():
-        data = dataclasses.replace(own, root=source)
+        data = dataclasses.replace(own, source=_moved(own.source, source))
     else:
         raise FileNotFoundError(
             f"--data is {source!r}: give 'shapes', a folder that holds annotations/, train2017/ "

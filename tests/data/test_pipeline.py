@@ -10,12 +10,12 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from tiny_experiment import prepare
 
 from gfl_jax.config import Data
-from gfl_jax.data.coco_format import CocoFolder
 from gfl_jax.data.pipeline import ImageCache, batches, load_batch, max_boxes_of
 from gfl_jax.data.plan import eval_plan, train_plan
-from gfl_jax.data.prepare import prepare
+from gfl_jax.data.prepare import RawSplit
 
 BACKGROUND = (30, 60, 90)
 COLOURS = ((250, 20, 10), (10, 240, 40))  # RGB of the objects of each class
@@ -67,7 +67,7 @@ def split(tmp_path_factory):
         "categories": [{"id": 10, "name": "red"}, {"id": 11, "name": "green"}],
     }
     (root / "annotations.json").write_text(json.dumps(content))
-    return prepare(CocoFolder(root / "annotations.json", root / "images"), root / "cache")
+    return prepare(RawSplit(root / "annotations.json", root / "images"), root / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_without_the_ratio_every_image_fills_the_canvas(split, data):
             if not plan.shuffle:  # evaluation maps detections back by these, and never augments
                 old = np.array([SIZES[i - 1] for i in image_ids])
                 np.testing.assert_allclose(batch.scales, ((96, 128) / old)[:, ::-1], rtol=1e-6)
-        times = data.repeats if plan.shuffle else 1
+        times = plan.data.repeats
         assert sorted(seen) == np.repeat(plan.indices + 1, times).tolist()
 
 
@@ -221,7 +221,8 @@ def test_augmentation_is_a_function_of_seed_step_and_slot(split):
     first, again = (load(5, plan, split) for _ in range(2))
     assert_equal([first], [again])
     # The same image in every slot, at another step and with another seed: never twice the same.
-    fixed = dict(indices=np.array([0]), batch_size=6, repeats=6, flip=0.0)
+    data = dataclasses.replace(SSD, repeats=6, flip=0.0)
+    fixed = dict(data=data, indices=np.array([0]), batch_size=6)
     found = [
         load(step, dataclasses.replace(made, **fixed), split).batch.images
         for made, step in ((plan, 0), (plan, 1), (other, 0))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from gfl_jax.cli import load_experiment
 from gfl_jax.data.plan import BatchPlan, canvases_of, eval_plan, train_plan
+from gfl_jax.data.sources import Data
 
 side = st.integers(32, 700)
 
@@ -37,17 +38,19 @@ def settings_of_plans(draw):
     if not keep_ratio:
         long, short, limits, landscape = up_to_32(long), up_to_32(short), None, ()
     return dict(
+        data=Data(
+            scale=(long, short),
+            canvases=landscape,
+            multi_scale=draw(st.sampled_from([None, limits and tuple(limits)])),
+            flip=draw(st.sampled_from([0.0, 0.5, 1.0])),
+            keep_ratio=keep_ratio,
+            repeats=draw(st.integers(1, 3)),
+        ),
         sizes=np.array(sizes),
         indices=np.array(sorted(taking_part)),
         batch_size=draw(st.integers(1, 7)),
-        scale=(long, short),
-        canvases=canvases_of((long, short), landscape),
-        multi_scale=draw(st.sampled_from([None, limits and tuple(limits)])),
-        flip=draw(st.sampled_from([0.0, 0.5, 1.0])),
         shuffle=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
-        keep_ratio=keep_ratio,
-        repeats=draw(st.integers(1, 3)),
     )
 
 
@@ -69,10 +72,10 @@ def equal(a, b):
     return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def make(sizes, batch_size=4, **others):
-    arguments = dict(indices=np.arange(len(sizes)), scale=(256, 128), shuffle=True) | others
-    arguments.setdefault("canvases", canvases_of(arguments["scale"]))
-    return BatchPlan(sizes=np.array(sizes), batch_size=batch_size, **arguments)
+def make(sizes, batch_size=4, indices=None, shuffle=True, seed=0, **of_data):
+    data = Data(**{"scale": (256, 128), "flip": 0.0, **of_data})
+    indices = np.arange(len(sizes)) if indices is None else indices
+    return BatchPlan(data, np.array(sizes), indices, batch_size, shuffle, seed)
 
 
 @given(settings_of_plans(), st.integers(0, 3))
@@ -80,25 +83,26 @@ def test_an_epoch_has_every_image_equally_often(settings, epoch):
     plan = BatchPlan(**settings)
     batches = epoch_of(plan, epoch)
     real = np.concatenate([batch.images[batch.real] for batch in batches])
-    assert sorted(real) == np.repeat(settings["indices"], settings["repeats"]).tolist()
+    assert sorted(real) == np.repeat(settings["indices"], settings["data"].repeats).tolist()
     height, width = settings["sizes"][settings["indices"]].T
-    portrait = int((height > width).sum()) if settings["keep_ratio"] else 0
-    groups = [settings["repeats"] * count for count in (portrait, len(height) - portrait)]
+    portrait = int((height > width).sum()) if settings["data"].keep_ratio else 0
+    groups = [settings["data"].repeats * count for count in (portrait, len(height) - portrait)]
     assert plan.steps_per_epoch == sum(math.ceil(n / settings["batch_size"]) for n in groups)
 
 
 @given(settings_of_plans())
 def test_batches_are_full_and_fit_their_canvas(settings):
     """With the ratio kept, they are of one orientation, too."""
-    long_side = settings["scale"][0]
-    low, high = settings["multi_scale"] or (settings["scale"][1],) * 2
+    data = settings["data"]
+    long_side = data.scale[0]
+    low, high = data.multi_scale or (data.scale[1],) * 2
     for batch in epoch_of(BatchPlan(**settings), 1):
         size = settings["batch_size"]
         assert batch.images.shape == batch.real.shape == batch.flip.shape == (size,)
         assert batch.real[0]
         assert set(batch.images) == set(batch.images[batch.real])  # fillers repeat their batch
-        if not settings["keep_ratio"]:
-            assert batch.canvas == settings["scale"][::-1]
+        if not data.keep_ratio:
+            assert batch.canvas == data.scale[::-1]
             assert batch.short_side == low
             continue
         height, width = settings["sizes"][batch.images].T
@@ -106,7 +110,7 @@ def test_batches_are_full_and_fit_their_canvas(settings):
         assert low <= batch.short_side <= high
         needed = [resized(s, long_side, batch.short_side) for s in settings["sizes"][batch.images]]
         needed = np.max(needed, axis=0)
-        fitting = [c for c in settings["canvases"] if (needed <= c).all()]
+        fitting = [c for c in canvases_of(data.scale, data.canvases) if (needed <= c).all()]
         assert batch.canvas in fitting
         assert np.prod(batch.canvas) == min(map(np.prod, fitting))
 
@@ -124,8 +128,8 @@ def test_a_batch_is_a_function_of_settings_and_step(settings, data):
 @given(settings_of_plans())
 def test_flips_follow_their_probability(settings):
     flips = np.concatenate([batch.flip for batch in epoch_of(BatchPlan(**settings))])
-    if settings["flip"] in (0.0, 1.0):
-        assert (flips == settings["flip"]).all()
+    if settings["data"].flip in (0.0, 1.0):
+        assert (flips == settings["data"].flip).all()
 
 
 def test_half_of_the_images_are_flipped():
@@ -200,7 +204,7 @@ def test_short_sides_cover_their_range():
     ],
 )
 def test_the_smallest_canvas_that_holds_all_images_is_taken(sizes, short_side, canvas):
-    canvases = canvases_of((256, 128), ((96, 128), (128, 160), (128, 256)))
+    canvases = ((96, 128), (128, 160), (128, 256))
     plan = make(sizes, batch_size=2, canvases=canvases, multi_scale=(short_side, short_side))
     assert plan(0).canvas == canvas
 
@@ -217,7 +221,7 @@ def test_canvases_are_mirrored_and_sorted_by_area():
 
 
 def test_a_canvas_too_small_is_a_clear_error():
-    plan = make([(100, 200), (100, 250)], canvases=((128, 256), (256, 128)), scale=(320, 128))
+    plan = make([(100, 200), (100, 250)], canvases=((128, 256),), scale=(320, 128))
     with pytest.raises(ValueError, match=r"hold no image of 128 x 320 .*add a canvas"):
         plan(0)
 

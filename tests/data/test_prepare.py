@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
+from hypothesis import given
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from tiny_experiment import prepare
 
-from gfl_jax.data import images, tfds_source
+from gfl_jax.data import images
 from gfl_jax.data import prepare as preparing
-from gfl_jax.data.coco_format import CocoFolder, DataError, check
+from gfl_jax.data.coco_format import DataError, check, read_json
+from gfl_jax.data.prepare import RawSplit, make_table
+from gfl_jax.data.sources import CocoFolder, Prepared, Shapes, Tfds
+from gfl_jax.errors import InputError
 
 BOX = [4.5, 5.25, 10.5, 8.0]
 
@@ -49,14 +56,18 @@ def make(root, annotations=None, images=None, categories=None, **content):
         **content,
     }
     (root / "a.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-    return CocoFolder(root / "a.json", root / "images")
+    return RawSplit(root / "a.json", root / "images")
 
 
 def report_of(split):
-    return json.loads((split.source.directory / "report.json").read_text())
+    return json.loads((split.annotations.parent / "report.json").read_text())
 
 
-def test_prepared_images_and_boxes_are_those_of_the_json(tmp_path, capsys):
+def checked(raw, on_error):
+    return check(read_json(raw.annotations)[0], raw.annotations, raw.images, on_error)
+
+
+def test_prepared_images_and_boxes_are_those_of_the_json(tmp_path):
     rle = {"counts": [3, 4, 1529], "size": [32, 48]}
     annotations = [
         annotation(id=5, category_id=7, bbox=[-3.25, 20.0, 100.0, 50.0]),  # sticks out
@@ -67,7 +78,7 @@ def test_prepared_images_and_boxes_are_those_of_the_json(tmp_path, capsys):
         annotation(id=2, image_id=20, bbox=[1.01, 2.02, 1.0, 1.0]),
     ]
     folder = make(tmp_path, annotations)
-    split = preparing.prepare(folder, tmp_path / "cache")
+    split = prepare(folder, tmp_path / "cache")
     assert split.image_ids.tolist() == [10, 20, 30, 40]
     assert split.image_ids.dtype == np.int64
     assert split.sizes.tolist() == [[32, 48]] * 4
@@ -75,7 +86,12 @@ def test_prepared_images_and_boxes_are_those_of_the_json(tmp_path, capsys):
     assert split.num_boxes.tolist() == [1, 1, 0, 0]
     assert split.category_ids == [3, 7]
     assert split.category_names == ["cat", "dog"]
-    assert split.annotations == folder.annotations
+    written = {
+        entry["id"]: entry for entry in json.loads(split.annotations.read_text())["annotations"]
+    }
+    assert written.keys() == {2, 5, 6, 7, 8, 9}
+    for entry in annotations:
+        assert written[entry["id"]] == {k: v for k, v in entry.items() if k != "segmentation"}
 
     first = split.source[0]
     assert first["image"] == (tmp_path / "images" / "1.jpg").read_bytes()
@@ -94,9 +110,10 @@ def test_prepared_images_and_boxes_are_those_of_the_json(tmp_path, capsys):
     assert [empty[k].shape for k in ("boxes", "labels", "crowd")] == [(0, 4), (0,), (0,)]
     assert len(list(split.source)) == len(split.source) == 4
 
-    report, printed = report_of(split), capsys.readouterr().out
+    report = report_of(split)
     assert (report["annotations_found"], report["annotations_kept"]) == (6, 6)
     assert (report["crowd"], report["dropped_by_rule"]) == (1, 3)
+    printed = preparing.report_of(split.annotations.parents[1], "val")
     assert any(line.split()[-3:] == ["by", "rule", "3"] for line in printed.splitlines())
 
 
@@ -128,7 +145,7 @@ def test_a_bad_annotation_is_named_or_left_out(tmp_path, kind, bad):
     good = annotation(id=1, image_id=20)
     folder = make(tmp_path, [good, bad | {"id": 77}])
     with pytest.raises(DataError) as error:
-        check(folder, "raise")
+        checked(folder, "raise")
     (problem,) = error.value.problems
     assert (problem.kind, problem.annotation_id) == (kind, 77)
     assert (problem.image_id, problem.file) == (
@@ -136,8 +153,8 @@ def test_a_bad_annotation_is_named_or_left_out(tmp_path, kind, bad):
     )
     assert "annotation 77" in str(error.value)
     assert "--data.on-error=skip" in str(error.value)
-    records, report = check(folder, "skip")
-    assert [len(record["objects"]) for record in records] == [0, 1, 0, 0]
+    entries, report = checked(folder, "skip")
+    assert [len(entry.objects) for entry in entries] == [0, 1, 0, 0]
     assert (report.annotations_found, report.annotations_kept) == (2, 1)
     assert report.problems == [problem]
     assert kind in report.summary()
@@ -168,13 +185,13 @@ def test_a_bad_image_is_named_or_left_out(tmp_path, kind, bad):
     (folder.images / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     (folder.images / "text.jpg").write_text("no image")
     with pytest.raises(DataError) as error:
-        preparing.prepare(folder, tmp_path / "cache")
+        prepare(folder, tmp_path / "cache")
     (problem,) = error.value.problems
     assert (problem.kind, problem.image_id, problem.file) == (kind, bad["id"], bad["file_name"])
     assert f"{bad['file_name']}, image {bad['id']}" in str(error.value)
     assert not list((tmp_path / "cache").glob("**/*.array_record*"))
 
-    split = preparing.prepare(folder, tmp_path / "cache", "skip")
+    split = prepare(folder, tmp_path / "cache", "skip")
     assert split.image_ids.tolist() == [10, 20, 30, 40]
     assert [split.source[i]["image_id"] for i in range(4)] == [10, 20, 30, 40]
     report = report_of(split)
@@ -198,11 +215,11 @@ def test_a_bad_image_is_named_or_left_out(tmp_path, kind, bad):
 def test_of_duplicates_the_first_stays(tmp_path, kind, content):
     folder = make(tmp_path, **content)
     with pytest.raises(DataError, match=kind):
-        check(folder, "raise")
-    records, report = check(folder, "skip")
+        checked(folder, "raise")
+    entries, report = checked(folder, "skip")
     assert [problem.kind for problem in report.problems] == [kind]
     assert report.category_names[0] == "cat"
-    assert records[0]["objects"][0]["area"] == BOX[2] * BOX[3]
+    assert entries[0].annotations[0]["area"] == BOX[2] * BOX[3]
 
 
 @pytest.mark.parametrize(
@@ -224,21 +241,21 @@ def test_an_unreadable_json_always_raises(tmp_path, kind, text, on_error):
     if text is not None:
         folder.annotations.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=kind) as error:
-        preparing.prepare(folder, tmp_path / "cache", on_error)
+        prepare(folder, tmp_path / "cache", on_error)
     assert str(folder.annotations) in str(error.value)
 
 
 def test_a_missing_image_folder_is_named(tmp_path):
-    folder = CocoFolder(make(tmp_path).annotations, tmp_path / "nowhere")
+    folder = RawSplit(make(tmp_path).annotations, tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"missing image folder[^$]*nowhere"):
-        preparing.prepare(folder, tmp_path / "cache")
+        prepare(folder, tmp_path / "cache")
 
 
 def test_all_kinds_of_problems_are_listed_at_once(tmp_path):
     annotations = [annotation(id=i, category_id=50) for i in range(100, 200)]
     annotations += [annotation(id=300, bbox=[NAN] * 4, area=1), annotation(id=301, image_id=5)]
     with pytest.raises(DataError) as error:
-        check(make(tmp_path, annotations), "raise")
+        checked(make(tmp_path, annotations), "raise")
     text = str(error.value)
     assert text.startswith("102 problems")
     assert len(error.value.problems) == 102
@@ -252,7 +269,7 @@ def test_formats_and_rotation_keep_their_bytes(tmp_path):
     folder = make(tmp_path, images=[entry(1, file_name="sub/wide.png")])
     (folder.images / "sub").mkdir()
     cv2.imwrite(str(folder.images / "sub" / "wide.png"), wide)
-    sample = preparing.prepare(folder, tmp_path / "cache", "skip").source[0]
+    sample = prepare(folder, tmp_path / "cache", "skip").source[0]
     assert sample["image"] == (folder.images / "sub" / "wide.png").read_bytes()
     np.testing.assert_array_equal(images.decode(sample["image"])[..., 0], wide >> 8)
 
@@ -260,45 +277,45 @@ def test_formats_and_rotation_keep_their_bytes(tmp_path):
 def test_the_cache_may_lie_beside_the_images(tmp_path):
     folder = make(tmp_path)
     (folder.images / "gone.jpg").symlink_to(tmp_path / "gone.jpg")
-    first, again = (preparing.prepare(folder, folder.images / "cache") for _ in range(2))
-    assert first.source.directory == again.source.directory
+    first, again = (prepare(folder, folder.images / "cache") for _ in range(2))
+    assert first.annotations == again.annotations
 
 
 def test_a_prepared_folder_is_found_again_until_it_changes(tmp_path, monkeypatch):
     folder = make(tmp_path)
-    first = preparing.prepare(folder, tmp_path / "cache")
+    first = prepare(folder, tmp_path / "cache")
 
     def no_reading(*_):
         raise AssertionError("read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparing, "check", no_reading)
+        patch.setattr(preparing, "read_json", no_reading)
         patch.setattr(images, "decode", no_reading)
-        again = preparing.prepare(folder, tmp_path / "cache")
-        assert again.source.directory == first.source.directory
+        again = prepare(folder, tmp_path / "cache")
+        assert again.annotations == first.annotations
         np.testing.assert_array_equal(again.num_boxes, first.num_boxes)
         with pytest.raises(AssertionError):
-            preparing.prepare(folder, tmp_path / "cache", "skip")
+            prepare(folder, tmp_path / "cache", "skip")
     image_file(folder.images / "1.jpg", seed=99)
-    changed = preparing.prepare(folder, tmp_path / "cache")
-    assert changed.source.directory != first.source.directory
+    changed = prepare(folder, tmp_path / "cache")
+    assert changed.annotations != first.annotations
     assert changed.source[0]["image"] == (folder.images / "1.jpg").read_bytes()
     make(tmp_path, [annotation()])
-    assert preparing.prepare(folder, tmp_path / "cache").num_boxes.tolist() == [1, 0, 0, 0]
+    assert prepare(folder, tmp_path / "cache").num_boxes.tolist() == [1, 0, 0, 0]
 
 
 def test_preparing_is_deterministic_whatever_the_shards(tmp_path, monkeypatch):
     folder = make(tmp_path)
     (folder.images / "2.jpg").write_bytes(b"broken")
-    one = preparing.prepare(folder, tmp_path / "one", "skip")
-    same = preparing.prepare(folder, tmp_path / "same", "skip")
+    one = prepare(folder, tmp_path / "one", "skip")
+    same = prepare(folder, tmp_path / "same", "skip")
     monkeypatch.setattr(preparing, "_SHARD_BYTES", 1)  # a shard for each image, one without any
-    many = preparing.prepare(folder, tmp_path / "many", "skip")
-    assert len(list(many.source.directory.glob("*.array_record*"))) == 4
+    many = prepare(folder, tmp_path / "many", "skip")
+    assert len(list(many.annotations.parent.glob("*.array_record"))) == 4
     for split in (one, same, many):
         assert [sample["image_id"] for sample in split.source] == [10, 30, 40]
         assert split.image_ids.tolist() == [10, 30, 40]
-    (a,), (b,) = (list(s.source.directory.glob("*.array_record*")) for s in (one, same))
+    (a,), (b,) = (list(s.annotations.parent.glob("*.array_record")) for s in (one, same))
     assert a.read_bytes() == b.read_bytes()
 
 
@@ -307,8 +324,8 @@ def test_a_killed_preparation_does_not_count(tmp_path):
     paths = (str(folder.annotations), str(folder.images))
     script = f"""
         import pathlib, time
-        from gfl_jax.data import images, prepare as preparing, tfds_source
-        from gfl_jax.data.coco_format import CocoFolder
+        from gfl_jax.data import images
+        from gfl_jax.data.prepare import RawSplit, prepare_in_cache
         decode = images.decode
         def slow(data, size, name):
             if name == "3.jpg":
@@ -316,8 +333,8 @@ def test_a_killed_preparation_does_not_count(tmp_path):
                 time.sleep(60)
             return decode(data, size, name)
         images.decode = slow
-        folder = CocoFolder(*map(pathlib.Path, {paths!r}))
-        preparing.prepare(folder, {str(tmp_path / "cache")!r})
+        raw = RawSplit(*map(pathlib.Path, {paths!r}))
+        prepare_in_cache("val", raw, pathlib.Path({str(tmp_path / "cache")!r}), "raise")
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)],
@@ -331,10 +348,10 @@ def test_a_killed_preparation_does_not_count(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not list((tmp_path / "cache").glob("**/report.json"))
-    split = preparing.prepare(folder, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("**/manifest.json"))
+    split = prepare(folder, tmp_path / "cache")
     assert [sample["image_id"] for sample in split.source] == [10, 20, 30, 40]
-    assert not list((tmp_path / "cache").glob("**/incomplete*"))
+    assert not list((tmp_path / "cache").glob("**/*.partial"))
 
 
 def read_second(source):
@@ -342,7 +359,7 @@ def read_second(source):
 
 
 def test_another_process_can_read(tmp_path):
-    split = preparing.prepare(make(tmp_path), tmp_path / "cache")
+    split = prepare(make(tmp_path), tmp_path / "cache")
     assert split.source[0]["image_id"] == 10  # has open files
     copy = pickle.loads(pickle.dumps(split))
     assert copy.source[2]["filename"] == "3.jpg"
@@ -352,89 +369,204 @@ def test_another_process_can_read(tmp_path):
         split.source[4]
 
 
-class Coco(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """The features of tfds's `coco/2017`, from a folder of `make`."""
-
-    VERSION = tfds.core.Version("1.1.0")
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="2017")]  # noqa: RUF012
-    folder = Path()
-
-    def _info(self):
-        objects = {
-            "id": np.int64,
-            "area": np.int64,
-            "bbox": tfds.features.BBoxFeature(),
-            "label": tfds.features.ClassLabel(names=["cat", "dog"]),
-            "is_crowd": np.bool_,
-        }
-        features = {
-            "image": tfds.features.Image(encoding_format="jpeg"),
-            "image/filename": tfds.features.Text(),
-            "image/id": np.int64,
-            "objects": tfds.features.Sequence(objects),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-        bbox = tfds.features.BBox(ymin=0.25, xmin=0.5, ymax=0.75, xmax=1.0)
-        whole = {"id": 1, "area": 0, "bbox": bbox, "label": 1, "is_crowd": False}
-        thin = tfds.features.BBox(ymin=0.25, xmin=0.5, ymax=0.75, xmax=0.51)
-        for i in range(1, 5):
-            yield (
-                f"{i}.jpg",
-                {
-                    "image": self.folder / "images" / f"{i}.jpg",
-                    "image/filename": f"{i}.jpg",
-                    "image/id": 10 * i,
-                    "objects": [whole, whole | {"is_crowd": True}, whole | {"bbox": thin}][: 4 - i],
-                },
-            )
+# ---------------------------------------------------------------------------- when it is made again
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_a_dataset_of_tfds_reads_the_same(tmp_path, monkeypatch, given):
+def test_files_that_the_json_does_not_name_do_not_matter(tmp_path):
+    """The work directory may lie in the image folder."""
     folder = make(tmp_path)
-    monkeypatch.setattr(Coco, "folder", tmp_path)
-    monkeypatch.setattr(
-        tfds_source, "_COCO_IDS", [3, 7]
-    )  # the two classes here stand for COCO's 80
-    Coco(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
-    arguments = ("coco/2017", "train", tmp_path / "tfds", tmp_path / "cache")
-    annotations = folder.annotations if given else None
-    split = tfds_source.open_tfds(*arguments, annotations)
-    order = np.argsort(split.image_ids)
-    assert split.image_ids[order].tolist() == [10, 20, 30, 40]
-    assert split.num_boxes[order].tolist() == [1, 1, 1, 0]
-    assert split.sizes.tolist() == [[32, 48]] * 4
-    assert (split.category_ids, split.category_names) == ([3, 7], ["cat", "dog"])
-    assert split.annotations == annotations
-    sample = split.source[int(order[0])]
-    assert sample["image"] == (folder.images / "1.jpg").read_bytes()
-    assert (sample["image_id"], sample["filename"]) == (10, "1.jpg")
-    np.testing.assert_array_equal(sample["boxes"][0], [24, 8, 48, 24])
-    assert sample["labels"].tolist() == [1, 1, 1]
-    assert sample["crowd"].tolist() == [False, True, False]
-    assert sample["ignore"].tolist() == [False, False, True]
-
-    monkeypatch.setattr(tfds_source, "_tfds_table", None)  # not built again
-    again = tfds_source.open_tfds(*arguments, annotations)
-    np.testing.assert_array_equal(again.num_boxes, split.num_boxes)
-    assert len(tfds_source.open_tfds("coco/2017:1.1.0", *arguments[1:], annotations).source) == 4
-    with pytest.raises(DataError, match="tfds build coco/2014 --file_format=array_record"):
-        tfds_source.open_tfds("coco/2014", *arguments[1:])
-    with pytest.raises(DataError, match="Unknown split 'test'"):
-        tfds_source.open_tfds("coco/2017", "test", *arguments[2:])
+    first = prepare(folder, folder.images / "cache")
+    (folder.images / "notes.txt").write_text("new")
+    image_file(folder.images / "run" / "picture.jpg")
+    assert prepare(folder, folder.images / "cache").annotations == first.annotations
 
 
-def test_a_json_of_another_dataset_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Coco, "folder", tmp_path)
-    arguments = ("coco/2017", "train", tmp_path / "tfds", tmp_path / "cache")
-    folder = make(tmp_path, images=[entry(1)])
-    Coco(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
-    with pytest.raises(DataError, match="lists no image"):
-        tfds_source.open_tfds(*arguments, folder.annotations)
-    with pytest.raises(DataError, match="2 classes, where the annotations have 80"):
-        tfds_source.open_tfds(*arguments)
+@pytest.mark.parametrize("where", ["symlinked folder", "absolute name", "symlink"])
+def test_a_change_is_seen_wherever_the_image_lies(tmp_path, where):
+    outside = tmp_path / "elsewhere" / "a.jpg"
+    image_file(outside, seed=1)
+    name = str(outside) if where == "absolute name" else "sub/a.jpg"
+    folder = make(tmp_path, [annotation()], [entry(1, file_name=name)])
+    if where == "symlinked folder":
+        (folder.images / "sub").symlink_to(outside.parent, target_is_directory=True)
+    if where == "symlink":
+        (folder.images / "sub").mkdir()
+        (folder.images / "sub" / "a.jpg").symlink_to(outside)
+    first = prepare(folder, tmp_path / "cache")
+    assert first.source[0]["image"] == outside.read_bytes()
+    image_file(outside, seed=2)
+    os.utime(outside, ns=(0, outside.stat().st_mtime_ns + 1))
+    changed = prepare(folder, tmp_path / "cache")
+    assert changed.annotations != first.annotations
+    assert changed.source[0]["image"] == outside.read_bytes()
+
+
+def test_a_json_that_was_only_touched_is_the_same(tmp_path):
+    folder = make(tmp_path)
+    first = prepare(folder, tmp_path / "cache")
+    os.utime(folder.annotations, ns=(0, 0))
+    assert prepare(folder, tmp_path / "cache").annotations == first.annotations
+
+
+def test_a_missing_image_that_comes_back_is_seen(tmp_path):
+    folder = make(tmp_path)
+    (folder.images / "2.jpg").unlink()
+    assert prepare(folder, tmp_path / "cache", "skip").image_ids.tolist() == [10, 30, 40]
+    image_file(folder.images / "2.jpg", seed=2)
+    assert prepare(folder, tmp_path / "cache", "skip").image_ids.tolist() == [10, 20, 30, 40]
+
+
+def test_what_is_no_longer_valid_is_reported(tmp_path, capsys):
+    folder = make(tmp_path)
+    first = prepare(folder, tmp_path / "cache")
+    assert "delete" not in capsys.readouterr().out
+    image_file(folder.images / "1.jpg", seed=99)
+    prepare(folder, tmp_path / "cache")
+    assert f"{first.annotations.parents[1]} was prepared from an earlier" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- gfl-jax prepare
+
+
+def coco_layout(root):
+    """A folder as COCO 2017 is published; its validation split has another box."""
+    for year, box in (("train2017", BOX), ("val2017", [1.0, 2.0, 30.0, 20.5])):
+        raw = make(root / "made", [annotation(bbox=box)])
+        (root / "annotations").mkdir(parents=True, exist_ok=True)
+        raw.annotations.rename(root / "annotations" / f"instances_{year}.json")
+        raw.images.rename(root / year)
+    return root
+
+
+def test_the_command_makes_a_folder_that_can_be_moved(tmp_path, capsys):
+    source = coco_layout(tmp_path / "coco")
+    preparing.main(str(source), str(tmp_path / "made"))
+    printed = capsys.readouterr().out
+    assert "instances_train2017.json" in printed
+    assert "--data.prepared" in printed
+    moved = tmp_path / "other" / "place"
+    moved.parent.mkdir()
+    (tmp_path / "made").rename(moved)
+    shutil.rmtree(source)
+    for name, size in (("train", BOX[2:]), ("val", [30.0, 20.5])):
+        split = Prepared(str(moved)).open(name)
+        assert split.num_boxes.tolist() == [1, 0, 0, 0]
+        boxes = split.source[0]["boxes"]
+        assert (boxes[:, 2:] - boxes[:, :2]).tolist() == [size]
+        assert images.decode(split.source[3]["image"]).shape == (32, 48, 3)
+        assert COCO(split.annotations).getAnnIds() == [1]
+    for file in moved.rglob("*"):
+        if file.suffix == ".json":
+            assert str(tmp_path) not in file.read_text()
+
+
+def test_a_second_call_does_nothing_unless_told(tmp_path, capsys):
+    source, made = coco_layout(tmp_path / "coco"), tmp_path / "made"
+    preparing.main(str(source), str(made))
+    before = (made / "manifest.json").stat().st_mtime_ns
+    image_file(source / "val2017" / "1.jpg", seed=50)
+    preparing.main(str(source), str(made))
+    assert "nothing to do" in capsys.readouterr().out
+    assert (made / "manifest.json").stat().st_mtime_ns == before
+    preparing.main(str(source), str(made), overwrite=True)
+    split = Prepared(str(made)).open("val")
+    assert split.source[0]["image"] == (source / "val2017" / "1.jpg").read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"coco", "made", ".made.lock"}
+
+
+def test_a_split_without_annotations_is_left_out(tmp_path, capsys):
+    source = coco_layout(tmp_path / "coco")
+    (source / "annotations" / "instances_train2017.json").unlink()
+    preparing.main(str(source), str(tmp_path / "made"))
+    assert "train: left out, there is no" in capsys.readouterr().out
+    assert len(Prepared(str(tmp_path / "made")).open("val").source) == 4
+    with pytest.raises(InputError, match="no split 'train', only val"):
+        Prepared(str(tmp_path / "made")).open("train")
+
+
+def test_faulty_data_leaves_an_earlier_folder_as_it_was(tmp_path):
+    source, made = coco_layout(tmp_path / "coco"), tmp_path / "made"
+    preparing.main(str(source), str(made))
+    (source / "val2017" / "2.jpg").write_bytes(b"broken")
+    with pytest.raises(DataError, match="--on-error skip"):
+        preparing.main(str(source), str(made), overwrite=True)
+    assert len(Prepared(str(made)).open("val").source) == 4
+    preparing.main(str(source), str(made), on_error="skip", overwrite=True)
+    assert len(Prepared(str(made)).open("val").source) == 3
+
+
+def test_nothing_else_is_overwritten(tmp_path):
+    source = coco_layout(tmp_path / "coco")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(DataError, match="in the way"):
+        preparing.main(str(source), str(tmp_path / "mine"), overwrite=True)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(DataError, match="missing annotation file"):
+        preparing.main(str(tmp_path / "mine"), str(tmp_path / "made"))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda here: preparing.main("gs://bucket/coco", here),
+        lambda here: preparing.main(here, "gs://bucket/made"),
+        lambda here: CocoFolder(root="gs://bucket/coco").open("val"),
+        lambda here: CocoFolder(root=here, cache_dir="s3://bucket/cache").open("val"),
+        lambda here: Shapes(cache_dir="gs://bucket/cache").open("val"),
+        lambda here: Tfds(root="gs://bucket/tfds").open("val"),
+    ],
+)
+def test_where_only_a_local_folder_will_do_a_url_is_refused(tmp_path, use, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"://bucket/.*must be on a local disk"):
+        use(str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_copied_in_part_is_named(tmp_path):
+    preparing.main(str(coco_layout(tmp_path / "coco")), str(tmp_path / "made"))
+    (file,) = (tmp_path / "made" / "val").glob("*.array_record")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(InputError, match=r"array_record has .* bytes, not .*copy"):
+        Prepared(str(tmp_path / "made")).open("val")
+    file.unlink()
+    with pytest.raises(InputError, match="array_record is missing"):
+        Prepared(str(tmp_path / "made")).open("val")
+    (tmp_path / "made" / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no prepared data set"):
+        Prepared(str(tmp_path / "made")).open("val")
+
+
+def test_a_folder_of_another_format_is_refused(tmp_path):
+    preparing.main(str(coco_layout(tmp_path / "coco")), str(tmp_path / "made"))
+    manifest = tmp_path / "made" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
+    with pytest.raises(InputError, match="has format 99"):
+        Prepared(str(tmp_path / "made")).open("val")
+
+
+@given(
+    st.lists(
+        st.tuples(*[st.integers(0, 63900)] * 2, *[st.integers(100, 60000)] * 2),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_boxes_are_the_corners_rounded_once_to_float32(hundredths):
+    """Not to twice: what is stored is what the reference computes from the json."""
+    boxes = [tuple(x / 100 for x in box) for box in hundredths]
+    size = {"height": 640, "width": 640}
+    content = {
+        "images": [{"id": 1, "file_name": __file__, **size}],
+        "annotations": [annotation(id=i, image_id=1, bbox=list(b)) for i, b in enumerate(boxes)],
+        "categories": [{"id": 3, "name": "cat"}],
+    }
+    (entry,), _ = check(content, Path("a.json"), Path(__file__).parent, "raise")
+    table = make_table([1], ["a"], [(640, 640)], [entry.objects])
+    expected = np.array([[x, y, x + w, y + h] for x, y, w, h in boxes]).astype(np.float32)
+    np.testing.assert_array_equal(table.boxes, expected)
+    # What earlier versions stored: shares of the image in float32.
+    shares = (np.array([[x, y, x + w, y + h] for x, y, w, h in boxes]) / 640).astype(np.float32)
+    np.testing.assert_allclose(table.boxes, shares * 640.0, rtol=2**-23)

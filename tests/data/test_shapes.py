@@ -157,7 +157,9 @@ def test_killed_run_is_cleaned_away(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         make_shapes(tmp_path / "shapes", spec)
     assert not (tmp_path / "shapes").exists()
-    (partial,) = tmp_path.glob("*.partial")
+    partial = tmp_path / ".shapes.partial"  # what `kill -9` leaves
+    (partial / "train").mkdir(parents=True)
+    (partial / "spec.json").write_text("{}")
     (partial / "train" / "999999.jpg").write_text("junk")
 
     monkeypatch.undo()

@@ -10,8 +10,7 @@ import pytest
 
 from gfl_jax import run as run_module
 from gfl_jax.config import Data, Experiment, Train
-from gfl_jax.data.shapes.dataset import Shapes
-from gfl_jax.data.sources import open_split
+from gfl_jax.data.sources import Shapes, open_split
 from gfl_jax.detectors.box import Deltas, Gaussian, GeneralDistribution
 from gfl_jax.run import Run, load
 from gfl_jax.systems import changed
@@ -137,10 +136,8 @@ def test_boxes_without_a_spread_and_data_without_ambiguity_are_named(monkeypatch
 def test_a_run_is_drawn_with_its_numbers(tmp_path, linear_network, monkeypatch, capsys):
     monkeypatch.setattr(tables, "Network", linear_network)
     monkeypatch.setattr(run_module, "Network", linear_network)
-    shapes = Shapes(num_train=12, num_val=9, image_size=(64, 64))
-    data = Data(
-        "shapes", shapes=shapes, scale=(64, 64), workers=0, cache_dir=str(tmp_path / "cache")
-    )
+    shapes = Shapes(12, 9, image_size=(64, 64), cache_dir=str(tmp_path / "cache"))
+    data = Data(shapes, scale=(64, 64), workers=0)
     train = Train(batch_size=8, lr=0.02, epochs=1, milestones=(), warmup_steps=2)
     tables.train_row(Experiment(data=data, train=train), tmp_path / "run")
     consistency.main((tmp_path / "run",), ("linear",), count=20, out=tmp_path / "c.png")

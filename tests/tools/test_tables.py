@@ -18,13 +18,11 @@ from gfl_jax.training import evaluator
 
 DATA = """
 from gfl_jax.config import Data, Experiment, Train
-from gfl_jax.data.shapes.dataset import Shapes
+from gfl_jax.data.sources import Shapes
 
 experiment = Experiment(
     data=Data(
-        source="shapes",
-        shapes=Shapes(num_train=20, num_val=8, image_size=(64, 64)),
-        cache_dir={cache!r},
+        source=Shapes(num_train=20, num_val=8, image_size=(64, 64), cache_dir={cache!r}),
         workers=0,
     )
 )
@@ -212,12 +210,10 @@ def test_small_ssd_has_as_many_levels_as_its_images_allow():
 def test_data_comes_from_elsewhere_but_is_seen_as_the_row_says(folder):
     own = Data(scale=(512, 512), keep_ratio=False, augmentation="ssd", repeats=5, flip=0.25)
     found = data_of(f"{folder / 'data.py'}:{folder}", "full", own)
-    assert found.root == str(folder)
-    assert found.source == "shapes"
-    assert found.shapes.num_train == 20
+    assert (found.source.root, found.source.num_train) == (str(folder), 20)
     for field in ("scale", "keep_ratio", "augmentation", "repeats", "flip"):
         assert getattr(found, field) == getattr(own, field)
-    assert data_of(str(folder), "full", own).root == str(folder)
+    assert data_of(str(folder), "full", own).source.root == str(folder)
     assert data_of(str(folder), "small", Data()).scale == (192, 144)
 
 

@@ -16,13 +16,11 @@ with three fields more per annotation: `ambiguity` [left, top, right, bottom], i
 `nominal_bbox`, the box before its blurred sides were drawn; and `visible`.
 """
 
-import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
-import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,11 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from gfl_jax.data.folders import local_folder, locked, new_folder
+from gfl_jax.data.prepare import RawSplit, prepare_in_cache
+from gfl_jax.data.records import PreparedSplit, open_prepared
 from gfl_jax.data.shapes.render import CLASSES, MIN_SIDE, Shape, render_scene
+from gfl_jax.errors import InputError
 
 SPLITS = ("train", "val")
 VERSION = 1  # to be raised whenever the same spec would give other images or labels
@@ -39,15 +41,17 @@ VERSION = 1  # to be raised whenever the same spec would give other images or la
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """What the dataset is made of. Equal specs give equal datasets.
+    """A procedural data set, made on the spot. Equal values make equal data sets.
 
     Attributes:
-        num_train: Number of training images.
-        num_val: Number of validation images.
+        num_train: number of training images.
+        num_val: number of validation images.
         image_size: (height, width) of every image, in pixels.
-        seed: Any non-negative integer. Image `i` of a split depends on nothing but the seed, the
-            split, `i`, the image size and `blurred`, so a larger dataset begins with the smaller.
-        blurred: The chance to try and blur one or two sides of a shape; about a third cannot be.
+        seed: any non-negative integer. Image `i` of a split depends on nothing but the seed, the
+            split, `i`, the image size and `blurred`, so a larger data set begins with the smaller.
+        blurred: the chance to try and blur one or two sides of a shape; about a third cannot be.
+        root: folder to make it in; empty: in the cache.
+        cache_dir: where prepared data is kept.
     """
 
     num_train: int = 3000
@@ -55,19 +59,32 @@ class Shapes:
     image_size: tuple[int, int] = (128, 128)
     seed: int = 0
     blurred: float = 0.4
+    root: str = ""
+    cache_dir: str = "~/.cache/gfl_jax"
 
     def __post_init__(self) -> None:
-        """Raises ValueError where no dataset could be made."""
+        """Raises InputError where no data set could be made."""
         if not 0 <= self.blurred <= 1:
-            raise ValueError(f"Shapes.blurred must be a probability: {self.blurred}")
+            raise InputError(f"data.blurred is {self.blurred}; it is a probability")
         for field in ("num_train", "num_val", "seed"):
             if getattr(self, field) < 0:
-                raise ValueError(f"Shapes.{field} must not be negative: {getattr(self, field)}")
+                raise InputError(f"data.{field} is {getattr(self, field)}; it must be at least 0")
         if len(self.image_size) != 2 or min(self.image_size) < 2 * MIN_SIDE:
-            raise ValueError(
-                f"Shapes.image_size must be (height, width), each at least {2 * MIN_SIDE:.0f} px: "
-                f"{self.image_size}"
+            raise InputError(
+                f"data.image_size is {self.image_size}; give (height, width), each at least "
+                f"{2 * MIN_SIDE:.0f} pixels"
             )
+
+    def open(self, split: str) -> PreparedSplit:
+        """Opens 'train' or 'val'; makes and prepares the data set first if need be."""
+        cache = local_folder(self.cache_dir, "--data.cache-dir")
+        name = f"shapes-{self.num_train}-{self.num_val}-" + "x".join(
+            map(str, (*self.image_size, self.seed, self.blurred))
+        )
+        root = local_folder(self.root, "--data.root") if self.root else cache / name
+        root = make_shapes(root, self)
+        raw = RawSplit(root / "annotations" / f"instances_{split}.json", root / split)
+        return open_prepared(prepare_in_cache(split, raw, cache, "raise"), split)
 
 
 def _write_image(folder: Path, spec: Shapes, split: str, index: int) -> list[Shape]:
@@ -115,36 +132,26 @@ def _annotations(spec: Shapes, split: str, scenes: list[list[Shape]]) -> dict[st
 
 
 def _described(spec: Shapes) -> dict[str, Any]:
-    """Returns the spec as JSON gives it back."""
-    return json.loads(json.dumps({"version": VERSION, **dataclasses.asdict(spec)}))
+    """Returns what the images and labels follow from, as JSON gives it back."""
+    fields = {k: v for k, v in dataclasses.asdict(spec).items() if k not in ("root", "cache_dir")}
+    return json.loads(json.dumps({"version": VERSION, **fields}))
 
 
 def _is_made(root: Path, spec: Shapes) -> bool:
-    """Says whether the folder holds this dataset; raises ValueError if it holds anything else."""
+    """Says whether the folder holds this dataset; raises InputError if it holds anything else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
         found = json.loads((root / "spec.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{root} is in the way: not a folder that make_shapes has made") from error
+        raise InputError(f"{root} is in the way: not a folder that make_shapes has made") from error
     for field, value in _described(spec).items():
         if found.get(field) != value:
-            raise ValueError(
+            raise InputError(
                 f"{root} holds other shapes: its {field} is {found.get(field)}, asked for is "
                 f"{value}; delete the folder or name another"
             )
     return True
-
-
-@contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Waits until no other process is making the folder."""
-    with open(root.with_name(f".{root.name}.lock"), "w") as file:
-        with contextlib.suppress(ImportError):  # Windows has no such lock, and does without
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def make_shapes(root: str | os.PathLike[str], spec: Shapes) -> Path:
@@ -161,26 +168,23 @@ def make_shapes(root: str | os.PathLike[str], spec: Shapes) -> Path:
         The folder's absolute path.
 
     Raises:
-        ValueError: The folder holds something else, or was made from another spec.
+        InputError: The folder holds something else, or was made from another spec.
     """
     root = Path(root).absolute()
     if _is_made(root, spec):
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(root):
+    with locked(root):
         if _is_made(root, spec):  # by another process, meanwhile
             return root
-        partial = root.with_name(f".{root.name}.partial")
-        if partial.exists():
-            shutil.rmtree(partial)
-        (partial / "annotations").mkdir(parents=True)
-        for split, count in zip(SPLITS, (spec.num_train, spec.num_val), strict=True):
-            (partial / split).mkdir()
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                made = pool.map(lambda i, s=split: _write_image(partial, spec, s, i), range(count))
-                scenes = list(tqdm(made, f"making shapes/{split}", count, unit="image"))
-            content = json.dumps(_annotations(spec, split, scenes))
-            (partial / "annotations" / f"instances_{split}.json").write_text(content)
-        (partial / "spec.json").write_text(json.dumps(_described(spec), indent=4) + "\n")
-        partial.rename(root)
+        with new_folder(root) as partial:
+            (partial / "annotations").mkdir()
+            for split, count in zip(SPLITS, (spec.num_train, spec.num_val), strict=True):
+                (partial / split).mkdir()
+                write = functools.partial(_write_image, partial, spec, split)
+                with ThreadPoolExecutor(os.cpu_count()) as pool:
+                    made = pool.map(write, range(count))
+                    scenes = list(tqdm(made, f"making shapes/{split}", count, unit="image"))
+                content = json.dumps(_annotations(spec, split, scenes))
+                (partial / "annotations" / f"instances_{split}.json").write_text(content)
+            (partial / "spec.json").write_text(json.dumps(_described(spec), indent=4) + "\n")
     return root

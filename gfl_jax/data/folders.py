@@ -1,0 +1,61 @@
+"""Folders that are there in full or not at all, made by one process at a time."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from gfl_jax.errors import InputError
+
+
+def local_folder(name: str | Path, flag: str) -> Path:
+    """The absolute path of a folder on a local disk.
+
+    Args:
+        name: its path.
+        flag: what names it on the command line, for the error.
+
+    Raises:
+        InputError: it is a URL.
+    """
+    if "://" in str(name):
+        raise InputError(
+            f"{flag} is {name}: raw images and the folders that data is prepared in must be on a "
+            "local disk; prepare there (gfl-jax prepare SRC DST), copy DST to the bucket and name "
+            "it with --data.prepared"
+        )
+    return Path(name).expanduser().absolute()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Waits until no other process of this machine holds this folder's lock."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+        with contextlib.suppress(ImportError):  # Windows has no such lock, and does without
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)  # freed when the process ends, however it ends
+        yield
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder that takes the place of `folder` if nothing goes wrong.
+
+    It lies beside `folder` until then. What a killed process left there is deleted by the next;
+    the lock of `folder` must be held.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
