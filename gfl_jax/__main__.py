@@ -8,6 +8,10 @@ import sys
 COMMANDS = {
     "train": ("gfl_jax.train:main", "train a detector, evaluate it and draw what it detects"),
     "eval": ("gfl_jax.evaluate:main", "evaluate a trained detector on a data set"),
+    "prepare": (
+        "gfl_jax.data.prepare:main",
+        "check a data set in COCO's format and prepare it once, for any machine",
+    ),
     "tables": ("gfl_jax.tools.tables:main", "train the rows of the paper's tables"),
     "consistency": (
         "gfl_jax.tools.consistency:main",

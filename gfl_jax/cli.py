@@ -224,15 +224,29 @@ def _is_flat(hint: Any) -> bool:
 
 
 def _exchange(node: _Node, arguments: list[str], prefix: str) -> None:
-    """Puts the defaults of a kind where a flag names that kind: `--detector.box Gaussian`."""
+    """Puts the defaults of a kind where a flag names that kind: `--detector.box Gaussian`.
+
+    Where flags leave out the choice's name, so does one that a kind needs: `--data.prepared DST`.
+    """
     for name, hint in get_type_hints(node.kind, include_extras=True).items():
         flag = f"{prefix}{name}"
         kinds = _kinds(hint)
         chosen = _last_value(arguments, flag) if len(kinds) > 1 else None
+        if chosen is None and len(kinds) > 1 and _is_flat(hint):
+            chosen = _needing(kinds, arguments, prefix)
         if chosen in kinds:
             node.values[name] = _defaults(kinds[chosen])
         if isinstance(node.values.get(name), _Node):
             _exchange(node.values[name], arguments, prefix if _is_flat(hint) else f"{flag}.")
+
+
+def _needing(kinds: dict[str, Any], arguments: list[str], prefix: str) -> str | None:
+    """The kind that cannot do without one of these flags."""
+    for name, kind in kinds.items():
+        needed = [f for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
+        if any(_last_value(arguments, f"{prefix}{f.name}") is not None for f in needed):
+            return name
+    return None
 
 
 def _last_value(arguments: list[str], flag: str) -> str | None:

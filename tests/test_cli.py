@@ -201,6 +201,7 @@ def test_a_choice_without_a_prefix_has_flags_beside_those_of_its_owner(capsys):
     with pytest.raises(SystemExit):
         parsed("--data.count=5")
     assert parsed("--data.source", "Named", "--data.title", "x") == Source(Named("x"))
+    assert parsed("--data.title", "x") == Source(Named("x"))  # no other kind has it
     with pytest.raises(SystemExit) as stop:
         parsed("--data.source", "Named")
     assert stop.value.code == 2

@@ -84,7 +84,7 @@ class Data:
 
     Attributes:
         source: where they come from. Fields of a source are flags right under `--data`, such as
-            --data.root; one that no other source has, such as --data.prepared, also chooses it.
+            --data.root; --data.prepared FOLDER alone chooses Prepared.
         scale: images are resized keeping their ratio to fit these (long, short) sides, in pixels.
         keep_ratio: False stretches every image to exactly `scale`, as (width, height) in pixels,
             multiples of 32.
