@@ -24,6 +24,7 @@ from gfl_jax.config import Data, Experiment, Row, Train, from_dict, to_dict
 from gfl_jax.data.records import MANIFEST
 from gfl_jax.data.sources import Prepared, Shapes, open_split
 from gfl_jax.distributed import parallel
+from gfl_jax.errors import UsageError
 from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.network import Backbone, Model, Network
 from gfl_jax.models.ssd import SSDModel
@@ -173,6 +174,17 @@ def jobs_of(table: str, configs: Path = CONFIGS) -> dict[str, tuple[Row, str]]:
     return {key: (row, first[row.experiment]) for key, row in rows.items()}
 
 
+def listing(table: str, chosen: dict[str, tuple[Row, str]], out: PathLike) -> str:
+    """The rows of a table with the seeds that are finished, and what the paper states."""
+    lines = [f"table {table}"]
+    for key, (row, name) in chosen.items():
+        seeds = sorted(file.parent.name[4:] for file in (as_path(out) / name).glob("seed*/result.json"))
+        paper = " ".join(f"{value:.1f}" for value in row.paper) or "no numbers"
+        done = f"finished: seed {', '.join(seeds)}" if seeds else "not trained"
+        lines.append(f"  {key:<24} {row.title:<32} paper {paper:<30} {done}")
+    return "\n".join(lines)
+
+
 def train_row(experiment: Experiment, workdir: PathLike) -> dict[str, float]:
     """Trains and evaluates an experiment in `workdir`, from where it was left off.
 
@@ -293,6 +305,7 @@ def main(
     rows: str = "*",
     out: str = "runs/tables",
     configs: Path = CONFIGS,
+    only_list: Annotated[bool, tyro.conf.arg(name="list")] = False,
 ) -> None:
     """Trains the rows of tables and writes them beside the paper's numbers.
 
@@ -306,11 +319,12 @@ def main(
         rows: which rows, a pattern such as 'atss_*'.
         out: folder of all runs and tables, local or `gs://...`.
         configs: folder of table_1a.py and so on.
+        only_list: prints the rows and what is finished in `out`, and trains nothing.
     """
     if not tables:
-        raise ValueError(f"name at least one table: {', '.join(TABLES)}")
-    if not data and budget == "full":
-        raise ValueError("the full budget needs --data FOLDER, COCO 2017; or choose --budget small")
+        raise UsageError(f"name at least one table: {', '.join(TABLES)}")
+    if not data and budget == "full" and not only_list:
+        raise UsageError("the full budget needs --data FOLDER, COCO 2017; or choose --budget small")
     data, folder = data or "shapes", as_path(out)
     chosen: dict[str, dict[str, tuple[Row, str]]] = {}
     for table in tables:
@@ -318,6 +332,9 @@ def main(
         chosen[table] = {k: v for k, v in found.items() if fnmatch.fnmatch(k, rows)}
         if not chosen[table]:
             raise ValueError(f"table {table} has no row {rows!r}; it has {', '.join(found)}")
+    if only_list:
+        print("\n\n".join(listing(table, found, folder) for table, found in chosen.items()))
+        return
     work = [
         (seed, name, row)
         for seed in range(seeds)

@@ -10,6 +10,7 @@ import pytest
 
 from gfl_jax import run as run_module
 from gfl_jax.config import Data, Experiment, Row
+from gfl_jax.errors import UsageError
 from gfl_jax.models.ssd import SSDModel
 from gfl_jax.systems import ssd512
 from gfl_jax.tools import tables
@@ -84,6 +85,13 @@ def test_every_row_is_trained_once_for_each_seed_and_never_again(run, folder, ca
     assert run(seeds=2) == []
     text = (folder / "out" / "table_1a.md").read_text()
     assert text in capsys.readouterr().out
+    assert run(seeds=2, only_list=True) == []
+    listed = capsys.readouterr().out.splitlines()
+    assert listed[0] == "table 1a"
+    assert [line.split()[0] for line in listed[1:]] == ["two", "again", "zero"]
+    assert all(line.endswith("finished: seed 0, 1") for line in listed[1:])
+    run(seeds=2, only_list=True, out="other")
+    assert capsys.readouterr().out.count("not trained") == 3
     head, _, *lines = text.splitlines()
     assert [line.split(" | ")[0] for line in lines] == ["| beta 2", "| beta 2 again", "| beta 0"]
     cells = [dict(zip(head.split("|"), line.split("|"), strict=True)) for line in (*lines,)]
@@ -156,9 +164,9 @@ def test_results_of_another_experiment_are_not_taken(run, folder):
 def test_what_cannot_be_run_is_named(run, tmp_path):
     with pytest.raises(ValueError, match="has no row 'fcos_\\*'; it has two, again, zero"):
         run(rows="fcos_*")
-    with pytest.raises(ValueError, match="at least one table: 1a, 1b"):
+    with pytest.raises(UsageError, match="at least one table: 1a, 1b"):
         tables.main(())
-    with pytest.raises(ValueError, match="full budget needs --data"):
+    with pytest.raises(UsageError, match="full budget needs --data"):
         tables.main(("1a",))
     with pytest.raises(ValueError, match="no table '4'; there are 1a, 1b"):
         jobs_of("4")
