@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -81,8 +81,8 @@ def prepare(
 
 
 def main(
-    src: tyro.conf.Positional[str],
-    dst: tyro.conf.Positional[str],
+    src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")],
+    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")],
     *,
     train_annotations: str = "annotations/instances_train2017.json",
     train_images: str = "train2017",

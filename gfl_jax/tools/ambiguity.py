@@ -6,7 +6,7 @@ gfl-jax ambiguity RUN --out ambiguity.png
 import itertools
 import json
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -296,7 +296,10 @@ def _density(
     return at, np.exp(-0.5 * ((at - mean) / spread) ** 2)
 
 
-def main(run: tyro.conf.Positional[str], out: str = "ambiguity.png") -> None:
+def main(
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")],
+    out: str = "ambiguity.png",
+) -> None:
     """Plots predicted spread against the true ambiguity of every side, and examples.
 
     Args:

@@ -178,7 +178,9 @@ def listing(table: str, chosen: dict[str, tuple[Row, str]], out: PathLike) -> st
     """The rows of a table with the seeds that are finished, and what the paper states."""
     lines = [f"table {table}"]
     for key, (row, name) in chosen.items():
-        seeds = sorted(file.parent.name[4:] for file in (as_path(out) / name).glob("seed*/result.json"))
+        seeds = sorted(
+            file.parent.name[4:] for file in (as_path(out) / name).glob("seed*/result.json")
+        )
         paper = " ".join(f"{value:.1f}" for value in row.paper) or "no numbers"
         done = f"finished: seed {', '.join(seeds)}" if seeds else "not trained"
         lines.append(f"  {key:<24} {row.title:<32} paper {paper:<30} {done}")
