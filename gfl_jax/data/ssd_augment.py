@@ -83,8 +83,8 @@ def min_iou_crop(
     """Crops a random patch whose IoU with every box reaches a bound, itself drawn at random.
 
     A patch has at least 0.3 of each side of the image and a ratio of height to width from 0.5 to 2.
-    It keeps the objects whose centre is strictly inside, at least one of them. After 50 patches in
-    vain the bound is drawn anew. An image without objects takes the first patch of such a ratio.
+    It keeps the objects whose centre is strictly inside, at least one of them. After 50 failed
+    attempts the bound is resampled. An image without objects takes the first patch of such a ratio.
 
     Args:
         image: uint8 RGB [height, width, 3].

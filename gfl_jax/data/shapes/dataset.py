@@ -1,18 +1,18 @@
-"""`shapes`, the default dataset: made here from a seed, so that nothing need be downloaded.
+"""`shapes`, the default data set: generated from a seed, so nothing has to be downloaded.
 
-Textured shapes of six classes lie at many scales over cluttered backgrounds, some partly hidden,
-some casting a shadow. Some of their sides are *blurred*: there the shape fades out over a ramp and
-no annotator could say where it ends, so the label of that side is drawn at random around the
-ramp's middle, and the standard deviation of that draw, the side's *ambiguity*, is written down
-with the label. What a detector believes about a side can so be compared with the truth.
+Textured shapes of six classes at many scales over cluttered backgrounds, some partly hidden, some
+casting a shadow. Some of their sides are *blurred*: the shape fades out over a ramp and no
+annotator could say where it ends, so the label of that side is drawn at random around the middle of
+the ramp, and the standard deviation of that draw, the side's *ambiguity*, is stored with the label.
+The uncertainty that a detector predicts for a side can thus be compared with the truth.
 
-The dataset is an ordinary COCO folder::
+The data set is an ordinary COCO folder::
 
     root/spec.json                            the `Shapes` it was made from
     root/train/000000.jpg ...                 root/val/000000.jpg ...
     root/annotations/instances_train.json     root/annotations/instances_val.json
 
-with three fields more per annotation: `ambiguity` [left, top, right, bottom], in pixels;
+with three more fields per annotation: `ambiguity` [left, top, right, bottom], in pixels;
 `nominal_bbox`, the box before its blurred sides were drawn; and `visible`.
 """
 
@@ -36,20 +36,21 @@ from gfl_jax.data.shapes.render import CLASSES, MIN_SIDE, Shape, render_scene
 from gfl_jax.errors import InputError
 
 SPLITS = ("train", "val")
-VERSION = 1  # to be raised whenever the same spec would give other images or labels
+VERSION = 1  # increase it whenever the same spec would give other images or labels
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """A procedural data set, made on the spot. Equal values make equal data sets.
+    """A procedural data set, generated on first use. Equal values make equal data sets.
 
     Attributes:
         num_train: number of training images.
         num_val: number of validation images.
         image_size: (height, width) of every image, in pixels.
-        seed: any non-negative integer. Image `i` of a split depends on nothing but the seed, the
-            split, `i`, the image size and `blurred`, so a larger data set begins with the smaller.
-        blurred: the chance to try and blur one or two sides of a shape; about a third cannot be.
+        seed: any non-negative integer. Image `i` of a split depends only on the seed, the split,
+            `i`, the image size and `blurred`, so a larger data set begins with the smaller one.
+        blurred: probability of trying to blur one or two sides of a shape; about a third of the
+            tries fail.
         root: folder to make it in; empty: in the cache.
         cache_dir: where prepared data is kept.
     """
@@ -63,7 +64,7 @@ class Shapes:
     cache_dir: str = "~/.cache/gfl_jax"
 
     def __post_init__(self) -> None:
-        """Raises InputError where no data set could be made."""
+        """Raises InputError for values of which no data set can be made."""
         if not 0 <= self.blurred <= 1:
             raise InputError(f"data.blurred is {self.blurred}; it is a probability")
         for field in ("num_train", "num_val", "seed"):
@@ -132,36 +133,36 @@ def _annotations(spec: Shapes, split: str, scenes: list[list[Shape]]) -> dict[st
 
 
 def _described(spec: Shapes) -> dict[str, Any]:
-    """Returns what the images and labels follow from, as JSON gives it back."""
+    """Returns everything that determines the images and labels, as read back from JSON."""
     fields = {k: v for k, v in dataclasses.asdict(spec).items() if k not in ("root", "cache_dir")}
     return json.loads(json.dumps({"version": VERSION, **fields}))
 
 
 def _is_made(root: Path, spec: Shapes) -> bool:
-    """Says whether the folder holds this dataset; raises InputError if it holds anything else."""
+    """Whether the folder holds this data set; raises InputError if it holds anything else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
-        found = json.loads((root / "spec.json").read_text())
+        stored = json.loads((root / "spec.json").read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{root} is in the way: not a folder that make_shapes has made") from error
+        raise InputError(f"{root} is in the way: not a folder made by make_shapes") from error
     for field, value in _described(spec).items():
-        if found.get(field) != value:
+        if stored.get(field) != value:
             raise InputError(
-                f"{root} holds other shapes: its {field} is {found.get(field)}, asked for is "
+                f"{root} holds other shapes: its {field} is {stored.get(field)} instead of "
                 f"{value}; delete the folder or name another"
             )
     return True
 
 
 def make_shapes(root: str | os.PathLike[str], spec: Shapes) -> Path:
-    """Makes the dataset in a folder, once: a finished one is found again.
+    """Makes the data set in a folder, unless it is already there.
 
     Everything is written to a folder beside `root` and renamed when complete, so `root` is never
-    half-made; what a killed run has left there is deleted by the next.
+    incomplete; what a killed run leaves there is deleted by the next.
 
     Args:
-        root: The folder; its parents are made where they are missing.
+        root: The folder; missing parents are created.
         spec: What to make.
 
     Returns:
@@ -174,7 +175,7 @@ def make_shapes(root: str | os.PathLike[str], spec: Shapes) -> Path:
     if _is_made(root, spec):
         return root
     with locked(root):
-        if _is_made(root, spec):  # by another process, meanwhile
+        if _is_made(root, spec):  # by another process in the meantime
             return root
         with new_folder(root) as partial:
             (partial / "annotations").mkdir()

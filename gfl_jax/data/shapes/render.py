@@ -1,9 +1,9 @@
 """Renders the images of `shapes`: textured shapes of six classes over cluttered backgrounds.
 
-Shapes lie at many scales, some partly hidden, some casting a shadow. Some of their sides are
-*blurred*: there the shape fades out over a ramp and no annotator could say where it ends, so the
-label of that side is drawn at random around the ramp's middle, and the standard deviation of that
-draw, the side's *ambiguity*, is part of the label.
+Shapes have many scales; some are partly hidden, some cast a shadow. Some of their sides are
+*blurred*: the shape fades out over a ramp and no annotator could say where it ends, so the label of
+that side is drawn at random around the middle of the ramp, and the standard deviation of that draw,
+the side's *ambiguity*, is part of the label.
 """
 
 from typing import Any, NamedTuple
@@ -26,17 +26,17 @@ OUTWARD = np.array([-1.0, -1.0, 1.0, 1.0])  # the direction of each side (left, 
 
 
 class Shape(NamedTuple):
-    """One labelled shape. Boxes are (x0, y0, x1, y1) in pixels, the image being (0, 0, w, h).
+    """One labelled shape. Boxes are (x0, y0, x1, y1) in pixels; the image is (0, 0, w, h).
 
     Attributes:
-        box: The label. It bounds all of the shape that lies within the image, what later shapes
-            hide of it included. A sharp side is exact; a blurred one is drawn around `nominal`.
-        nominal: The box whose blurred sides are the middles of their ramps.
+        box: The label. It bounds the part of the shape inside the image, including what later
+            shapes hide. A sharp side is exact; a blurred one is drawn around `nominal`.
+        nominal: The same box with each blurred side in the middle of its ramp.
         label: Index into `CLASSES`.
         ambiguity: Standard deviation of each side (left, top, right, bottom) of `box` around
-            `nominal`, in pixels: 0 where the side is sharp or cut by the image's border. It is
-            about blur only: that a later shape may hide a side doesn't count.
-        visible: The share of the shape's area within the image that no later shape hides.
+            `nominal`, in pixels: 0 where the side is sharp or cut off by the border of the image.
+            Only blur counts, not that a later shape may hide the side.
+        visible: The fraction of the shape's area inside the image that no later shape hides.
     """
 
     box: tuple[float, float, float, float]
@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 
 
 class Sprite(NamedTuple):
-    """A shape that is about to be painted: `alpha` (h, w) in [0, 1], and the rest of its label."""
+    """A shape before it is painted: `alpha` (h, w) in [0, 1], and the rest of its label."""
 
     alpha: np.ndarray
     box: np.ndarray
@@ -98,19 +98,18 @@ def make_outline(rng: np.random.Generator, label: int) -> list[np.ndarray]:
 
 
 def bound(outline: np.ndarray, window: np.ndarray) -> np.ndarray | None:
-    """Bounds the part of a filled polygon that lies within a window.
+    """Bounds the part of a filled polygon inside a window.
 
     Args:
         outline: (points, 2) of (x, y).
         window: (x0, y0, x1, y1).
 
     Returns:
-        (x0, y0, x1, y1), where the outline's edges are cut off at the window; None if no edge
-        comes into it.
+        (x0, y0, x1, y1) of the outline's edges, cut off at the window; None if no edge enters it.
     """
     step = np.roll(outline, -1, axis=0) - outline
     step = np.where(step == 0.0, 1e-12, step)
-    crossings = (window.reshape(2, 1, 2) - outline) / step  # at which share of each edge
+    crossings = (window.reshape(2, 1, 2) - outline) / step  # as a fraction of each edge
     start = np.maximum(crossings.min(0).max(1, keepdims=True), 0.0)
     stop = np.minimum(crossings.max(0).min(1, keepdims=True), 1.0)
     inside = (start < stop)[:, 0]
@@ -128,7 +127,7 @@ def make_sprite(rng: np.random.Generator, height: int, width: int, blurred: floa
         rng: Source of randomness.
         height: The image's height in pixels.
         width: The image's width in pixels.
-        blurred: The chance to try and blur some of its sides.
+        blurred: Probability of trying to blur some of its sides.
 
     Returns:
         The sprite; to about a pixel, `nominal` is the box of its `alpha > 0.5`.
@@ -137,7 +136,7 @@ def make_sprite(rng: np.random.Generator, height: int, width: int, blurred: floa
     polygons = make_outline(rng, label)
     low, high = polygons[0].min(0), polygons[0].max(0)
 
-    # Where the shape lies: a share of them stick out of the image a little.
+    # Position: some shapes extend a little beyond the image.
     side = MIN_SIDE * (MAX_SIDE * min(height, width) / MIN_SIDE) ** rng.random()
     size = np.maximum(side * (high - low) / (high - low).max(), MIN_SIDE)
     outside = size * (0.2 if rng.random() < 0.3 else 0.0)
@@ -153,8 +152,8 @@ def make_sprite(rng: np.random.Generator, height: int, width: int, blurred: floa
         sigma[np.tile(size, 2) < MIN_BLURRED] = 0.0
         sigma[OUTWARD * (image - box) < FADE * sigma] = 0.0
 
-    # The outline is stretched to the far ends of the ramps; `nominal` ends at their middles. A
-    # sharp side mustn't depend on how far one sees into the ramps, else all sides stay sharp.
+    # The outline is stretched to the far ends of the ramps; `nominal` ends at their middles. If a
+    # sharp side would depend on where the ramps are cut off, all sides stay sharp.
     for sharp in (False, True):
         sigma = np.zeros(4) if sharp else sigma
         ramp = OUTWARD * FADE * sigma
@@ -177,7 +176,7 @@ def make_sprite(rng: np.random.Generator, height: int, width: int, blurred: floa
     mask: np.ndarray = np.zeros((height * fine, width * fine), np.uint8)
     points = [np.rint((polygon * fine - 0.5) * 2**shift).astype(np.int32) for polygon in outlines]
     cv2.fillPoly(mask, points, 255, cv2.LINE_8, shift)
-    cv2.polylines(mask, points, True, 128, 1, cv2.LINE_8, shift)  # the edge's pixels count half
+    cv2.polylines(mask, points, True, 128, 1, cv2.LINE_8, shift)  # pixels on the edge count half
     alpha = cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
     alpha /= 255.0
     for i in np.flatnonzero(sigma):
@@ -197,7 +196,7 @@ def smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float)
 
 
 def make_texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Returns a texture (h, w) in [0, 1], to mix a shape's two colours with."""
+    """Returns a texture (h, w) in [0, 1] that mixes the two colours of a shape."""
     side = max(height, width)
     angle, period = rng.uniform(0.0, np.pi), max(5.0, side * rng.uniform(0.12, 0.3))
     x = np.linspace(-width, width, width, dtype=np.float32)[None] * np.float32(np.pi / period)
@@ -235,7 +234,7 @@ def make_background(rng: np.random.Generator, height: int, width: int) -> np.nda
     for cell, strength in ((rng.uniform(30, 60), 40.0), (rng.uniform(4, 12), 20.0)):
         image += (smooth_noise(rng, height, width, cell) - 0.5) * tint(0.2 * strength, strength)
 
-    # Lines, scribbles and small splinters, in colours near to the background's own.
+    # Lines, scribbles and small splinters, in colours close to the background.
     canvas = cv2.merge([*np.clip(image, 0, 255).astype(np.uint8)])
     scale = min(height, width)
 
@@ -266,11 +265,11 @@ def make_background(rng: np.random.Generator, height: int, width: int) -> np.nda
 
 
 def paint(rng: np.random.Generator, image: np.ndarray, alpha: np.ndarray) -> None:
-    """Paints a shape, maybe above its shadow, in colours that stand out from what it covers.
+    """Paints a shape, possibly with a shadow, in colours that stand out from what it covers.
 
     Args:
         rng: Source of randomness.
-        image: (3, h, w), float32 in [0, 255]; it is painted on.
+        image: (3, h, w), float32 in [0, 255], modified in place.
         alpha: The shape, (h, w) in [0, 1].
     """
     x, y, width, height = cv2.boundingRect((alpha > 0).astype(np.uint8))
@@ -298,10 +297,10 @@ def render_scene(
     """Renders one image and its labels.
 
     Args:
-        rng: Source of randomness; all of the scene follows from it.
+        rng: Source of randomness; it determines the whole scene.
         height: The image's height in pixels.
         width: The image's width in pixels.
-        blurred: The chance to try and blur sides of a shape.
+        blurred: Probability of trying to blur sides of a shape.
 
     Returns:
         The image (height, width, 3), uint8 RGB, and its shapes from the rearmost to the foremost;
@@ -309,9 +308,9 @@ def render_scene(
     """
     image = make_background(rng, height, width)
     sprites: list[Sprite] = []
-    shown: list[np.ndarray] = []  # what is still seen of each sprite's alpha
+    shown: list[np.ndarray] = []  # the visible part of each sprite's alpha
     for _ in range(0 if rng.random() < 0.025 else rng.integers(1, MAX_SHAPES + 1)):
-        for _ in range(10):  # a shape that would hide an earlier one too far is drawn anew
+        for _ in range(10):  # a shape that would hide too much of an earlier one is resampled
             sprite = make_sprite(rng, height, width, blurred)
             if sprite is None:
                 continue
