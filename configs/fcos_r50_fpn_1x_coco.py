@@ -7,8 +7,8 @@ Run here:  no. Every stage, loss and gradient equals mmdetection's (tests/refere
            ten steps; never trained on COCO.
 
 The backbone's weights are those of Detectron, in caffe's layout (blue first, stride on the first
-1x1): the file resnet50_caffe-788b5fa3.pth of OpenMMLab's model zoo, in the folder where the
-command is given or named by --model.backbone.pretrained.
+1x1): the file resnet50_caffe-788b5fa3.pth of OpenMMLab's model zoo, in the current folder
+or named by --model.backbone.pretrained.
 """
 
 from gfl_jax import systems

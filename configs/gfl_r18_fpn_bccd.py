@@ -8,7 +8,7 @@ Expected:  AP 0.540, AP50 0.848, AP75 0.595 on the 72 test photos (mmdetection 3
            0.468 after 12 epochs).
 Run here:  yes, see the README's table of runs.
 
-A laptop's recipe: photos at 320 x 240, pyramid and head 128 wide, two convolutions a tower.
+A recipe for laptops: photos at 320 x 240, pyramid and head 128 wide, two convolutions per tower.
 """
 
 from gfl_jax.config import Data, Experiment, Train

@@ -2,7 +2,7 @@
 
 Command:   python train.py
 Hardware:  two CPU cores, no accelerator.
-Expected:  AP >= 0.50 on held-out images in at most ten minutes, the making of the data included.
+Expected:  AP >= 0.50 on held-out images in at most ten minutes, including the making of the data.
 Run here:  yes, see the README's table of runs.
 
 3000 images of 128 x 128 with up to five textured shapes of six classes, 200 held out. Batches are

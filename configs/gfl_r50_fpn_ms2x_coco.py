@@ -6,8 +6,8 @@ Expected:  AP 42.9 on val2017 (mmdetection's gfl_r50_fpn_ms-2x_coco; the authors
            43.1 on test-dev in table 4 of the paper).
 Run here:  no.
 
-The short side is drawn from 480 to 800 pixels once a batch; small scales use the small canvas, so
-that four canvases are compiled in all.
+The short side is drawn from 480 to 800 pixels once per batch; small scales use the small canvas, so
+four canvases are compiled in all.
 """
 
 import dataclasses

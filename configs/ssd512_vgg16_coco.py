@@ -6,8 +6,8 @@ Expected:  AP 29.5 on val2017 (mmdetection's ssd512_coco; the paper: 29.4).
 Run here:  no. Every stage, loss and gradient equals mmdetection's (tests/reference), and it takes
            its first steps in the tests; never trained on COCO.
 
-VGG-16 comes from the file vgg16_caffe-292e1171.pth of OpenMMLab's model zoo (fc6 and fc7 already
-are convolutions), in the folder where the command is given or named by --model.pretrained.
+VGG-16 comes from the file vgg16_caffe-292e1171.pth of OpenMMLab's model zoo (fc6 and fc7 are
+already convolutions), in the current folder or named by --model.pretrained.
 """
 
 from gfl_jax import systems

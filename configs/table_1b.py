@@ -5,7 +5,7 @@ A row:     python train.py configs/table_1b.py:retinanet_joint --data.root COCO
 Run here:  RetinaNet with --budget small on `shapes`, see docs/tables.md.
 
 QFL takes the place of the focal loss, with the IoU of the decoded box as its target; the box loss
-stays as it is. The paper does not say what becomes of SSD's softmax: see docs/differences.md.
+is unchanged. The paper does not say what happens to SSD's softmax: see docs/differences.md.
 """
 
 from configs.foveabox_r50_fpn_1x_coco import experiment as foveabox

@@ -2,9 +2,9 @@
 
 Command:   gfl-jax tables 2a --data COCO
 A row:     python train.py configs/table_2a.py:atss_general_dfl --data.root COCO
-Run here:  the half of ATSS with --budget small on `shapes`, see docs/tables.md.
+Run here:  the ATSS rows with --budget small on `shapes`, see docs/tables.md.
 
-The Gaussian is trained by its likelihood alone, weighted as DFL is. The paper states neither that
+The Gaussian is trained by its likelihood alone, weighted like DFL. The paper states neither that
 weight nor the unit of its distances (here: strides): see docs/differences.md.
 """
 

@@ -1,4 +1,4 @@
-"""Losses of one's own: two published ones that this project does not have.
+"""Two custom losses: published ones that this project does not have.
 
 examples/gfl_r18_custom_losses.py names them; docs/losses.md explains how.
 """
@@ -33,7 +33,7 @@ def alpha_iou_loss(predicted, target, alpha=3.0):
 
     Args:
         predicted: boxes [..., 4] in strides.
-        target: boxes of the objects, alike.
+        target: boxes of the objects, likewise [..., 4] in strides.
         alpha: 1 is the plain IoU loss.
 
     Returns:

@@ -151,7 +151,7 @@ class PreparedSplit:
 
 
 class Shard(NamedTuple):
-    """Records of one file, as ArrayRecordDataSource wants to be told."""
+    """Records of one file, in the form that ArrayRecordDataSource takes."""
 
     filename: str
     skip: int

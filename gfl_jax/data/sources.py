@@ -88,7 +88,7 @@ class Data:
         scale: images are resized keeping their ratio to fit these (long, short) sides, in pixels.
         keep_ratio: False stretches every image to exactly `scale`, as (width, height) in pixels,
             multiples of 32.
-        multi_scale: smallest and largest short side in training, in pixels, drawn once a batch;
+        multi_scale: smallest and largest short side in training, in pixels, drawn once per batch;
             None: one scale.
         canvases: (height, width) of the landscape canvases in pixels, small to large, multiples of
             32; portrait ones are their mirrors. Empty: the one that holds `scale`.

@@ -94,7 +94,7 @@ def min_iou_crop(
 
     Returns:
         The patch (a view), the boxes that it keeps, clipped to it and in its pixels, and their
-        labels. With bound 1, or when 50 bounds were drawn in vain, all is returned as it came.
+        labels. With bound 1, or after 50 failed bounds, everything is returned unchanged.
     """
     height, width = image.shape[:2]
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
