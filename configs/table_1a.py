@@ -4,8 +4,8 @@ Command:   gfl-jax tables 1a --data COCO
 A row:     python train.py configs/table_1a.py:atss_joint --data.root COCO
 Run here:  with --budget small on `shapes`, see docs/tables.md.
 
-The paper does not say how '-guided' weights losses, nor what weights the box loss without a quality:
-see docs/differences.md.
+The paper does not say how '-guided' weights losses, nor what weights the box loss without a
+quality: see docs/differences.md.
 """
 
 from configs.atss_r50_fpn_1x_coco import experiment as atss
