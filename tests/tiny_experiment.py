@@ -3,7 +3,7 @@
 import numpy as np
 
 from gfl_jax.data.batch import Batch
-from gfl_jax.data.prepare import prepare_in_cache
+from gfl_jax.data.prepare import RawSplit, prepare_in_cache
 from gfl_jax.data.records import open_prepared
 
 # An epoch is three batches, the last one partly filled; 27 steps in all.
@@ -49,6 +49,7 @@ experiment = Experiment(
 
 def prepare(raw, cache, on_error="raise"):
     """A split of raw files in COCO's format, prepared in a cache folder."""
+    raw = RawSplit(raw.annotations, raw.images)  # which has not read the json yet
     return open_prepared(prepare_in_cache("val", raw, cache, on_error), "val")
 
 

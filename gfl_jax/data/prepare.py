@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -47,6 +48,11 @@ class RawSplit:
 
     annotations: Path
     images: Path
+
+    @functools.cached_property
+    def content(self) -> tuple[dict[str, Any], str]:
+        """What the json holds, and its digest; see `read_json`. Read once."""
+        return read_json(self.annotations)
 
 
 def prepare(
@@ -170,7 +176,7 @@ def prepare_in_cache(name: str, raw: RawSplit, cache_dir: Path, on_error: OnErro
         known = _recall(memory)
         stamp = _stamp(raw.annotations)
         if known["annotations"] != stamp:
-            content, digest = read_json(raw.annotations)
+            content, digest = raw.content
             names = sorted({n for n in map(_file_name, content["images"]) if n is not None})
             known |= {"annotations": stamp, "sha256": digest, "names": names}
         folder = folder_of(known)
@@ -262,7 +268,7 @@ def _write(folder: Path, splits: Mapping[str, RawSplit], on_error: OnError) -> N
 def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> dict[str, Any]:
     """Writes the files of a split; returns its entry in the manifest."""
     (folder / split).mkdir()
-    content, digest = read_json(raw.annotations)
+    content, digest = raw.content
     entries, report = check(content, raw.annotations, raw.images, on_error)
     shards: dict[str, int] = {}
     kept: list[ImageEntry] = []

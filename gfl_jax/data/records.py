@@ -24,6 +24,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
 from gfl_jax.errors import InputError, MissingFileError
+from gfl_jax.paths import PathLike, as_path
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -164,14 +165,14 @@ def open_images(shards: Sequence[Shard]) -> Sequence[bytes]:
     return ArrayRecordDataSource(list(shards))
 
 
-def open_prepared(folder: epath.PathLike, split: str) -> PreparedSplit:
+def open_prepared(folder: PathLike, split: str) -> PreparedSplit:
     """Opens a split of a prepared folder, local or on gs://.
 
     Raises:
         MissingFileError: there is no complete prepared folder, or a file of it is missing.
         InputError: it was prepared by a newer version, lacks the split or is damaged.
     """
-    folder = epath.Path(folder).expanduser()
+    folder = as_path(folder)
     manifest = read_manifest(folder)
     if split not in manifest["splits"]:
         raise InputError(

@@ -75,7 +75,7 @@ class Prepared:
 
     def open(self, split: str) -> PreparedSplit:
         """Opens 'train' or 'val'."""
-        return open_prepared(epath.Path(self.prepared), split)
+        return open_prepared(self.prepared, split)
 
 
 @dataclasses.dataclass(frozen=True)
