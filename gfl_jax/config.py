@@ -5,6 +5,7 @@ from typing import Any, get_args, get_type_hints
 
 from gfl_jax.data.sources import Data
 from gfl_jax.detectors.dense import Detector
+from gfl_jax.errors import InputError
 from gfl_jax.models.network import Model
 from gfl_jax.models.ssd import SSDModel
 from gfl_jax.training.step import Train
@@ -80,9 +81,9 @@ def from_dict(kind: Any, value: Any) -> Any:
     kinds: dict[str, Any] = {k.__name__: k for k in members if dataclasses.is_dataclass(k)}
     name = value.get("kind")
     if name not in kinds:
-        raise ValueError(f"{name!r} is not a kind of {', '.join(kinds)}")
+        raise InputError(f"{name!r} is not a kind of {', '.join(kinds)}")
     hints = get_type_hints(kinds[name])
     items = {field: item for field, item in value.items() if field != "kind"}
     if unknown := set(items) - set(hints):
-        raise ValueError(f"{name} has no field {', '.join(sorted(unknown))}")
+        raise InputError(f"{name} has no field {', '.join(sorted(unknown))}")
     return kinds[name](**{field: from_dict(hints[field], item) for field, item in items.items()})

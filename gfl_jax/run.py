@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from gfl_jax.config import Experiment, differences, from_dict, to_dict
+from gfl_jax.errors import InputError
 from gfl_jax.models.network import Network, Variables
 from gfl_jax.paths import PathLike, as_path
 from gfl_jax.training.checkpoint import Checkpoints
@@ -99,7 +100,7 @@ def changes_since(workdir: PathLike, experiment: Experiment) -> list[str]:
         return []
     stored = experiment_of(checkpoints.about())
     if stored.detector.priors != experiment.detector.priors:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint {checkpoints.folder / str(checkpoints.step)} was trained with "
             f"{stored.detector.priors}, detector.priors is {experiment.detector.priors}: its "
             "weights fit its own anchors only"
@@ -111,7 +112,7 @@ def _migrate(about: dict[str, Any]) -> dict[str, Any]:
     """Brings what an older version stored up to date."""
     stored = about.get("format", 0)
     if stored > FORMAT:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint has format {stored}, this version of gfl_jax reads up to {FORMAT}: "
             "update gfl_jax"
         )

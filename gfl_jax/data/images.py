@@ -11,6 +11,8 @@ from typing import TypeVar
 import cv2
 import numpy as np
 
+from gfl_jax.errors import InputError
+
 IntOrArray = TypeVar("IntOrArray", int, np.ndarray)
 
 # In entropy-coded JPEG data 0xFF is followed by a stuffed zero or a restart marker (D0..D7).
@@ -20,7 +22,7 @@ _JPEG_END = 0xD9
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
-class ImageSizeError(ValueError):
+class ImageSizeError(InputError):
     """An image is not of the size its annotation states."""
 
 
@@ -45,7 +47,7 @@ def decode(data: bytes, size: tuple[int, int] | None = None, name: str = "") -> 
     """
     if _is_jpeg(data) and _JPEG_END not in (marker for marker, _ in _jpeg_segments(data)):
         # Some OpenCV versions fill what is missing with grey and say nothing.
-        raise ValueError(f"{name or 'image'}: truncated JPEG file (no end-of-image marker)")
+        raise InputError(f"{name or 'image'}: truncated JPEG file (no end-of-image marker)")
     image = _imdecode(data, cv2.IMREAD_COLOR, name)
     if size is not None and image.shape[:2] != tuple(size):
         turned, image = (
@@ -176,7 +178,7 @@ def pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     h, w = image.shape[:2]
     if h > height or w > width:
-        raise ValueError(f"an image of {h} x {w} (height x width) exceeds {height} x {width}")
+        raise InputError(f"an image of {h} x {w} (height x width) exceeds {height} x {width}")
     return np.pad(image, ((0, height - h), (0, width - w), (0, 0)))
 
 
@@ -187,7 +189,7 @@ def _imdecode(data: bytes, flags: int, name: str) -> np.ndarray:
     except cv2.error:  # empty data, or larger than OpenCV allows
         image = None
     if image is None:
-        raise ValueError(f"{name or 'image'}: truncated or not an image ({len(data)} bytes)")
+        raise InputError(f"{name or 'image'}: truncated or not an image ({len(data)} bytes)")
     return image
 
 

@@ -26,6 +26,7 @@ from gfl_jax.cli import load_experiment
 from gfl_jax.config import Experiment, from_dict, to_dict
 from gfl_jax.detectors.box import GeneralDistribution
 from gfl_jax.detectors.dense import Detector
+from gfl_jax.errors import InputError, needs
 from gfl_jax.interop.names import load_state_dict, to_torch, torch_name
 from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.interop.torch_files import read_torch_file
@@ -84,7 +85,7 @@ def infer_experiment(arrays: Mapping[str, np.ndarray]) -> Experiment:
     elif "retina_cls" in heads:
         system = systems.retinanet
     else:
-        raise ValueError(
+        raise InputError(
             "no detector of this project: its bbox_head has "
             f"{', '.join(sorted(heads)) or 'nothing'}; there are GFL (gfl_cls), ATSS (atss_cls, "
             "atss_centerness), FCOS (conv_cls, conv_centerness), FoveaBox (conv_cls, no gn), "
@@ -124,7 +125,7 @@ def count_classes(arrays: Mapping[str, np.ndarray], experiment: Experiment) -> i
     channels = _shape(arrays, f"bbox_head.{last}.weight")[0]
     classes, rest = divmod(channels, detector.priors.per_cell[0])
     if rest:
-        raise ValueError(
+        raise InputError(
             f"bbox_head.{last}.weight has {channels} channels, no multiple of the "
             f"{detector.priors.per_cell[0]} priors a cell of {detector.priors}"
         )
@@ -133,7 +134,7 @@ def count_classes(arrays: Mapping[str, np.ndarray], experiment: Experiment) -> i
 
 def _shape(arrays: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
     if name not in arrays or arrays[name].ndim != 4:
-        raise ValueError(f"{name} is missing or no kernel of a convolution")
+        raise InputError(f"{name} is missing or no kernel of a convolution")
     return arrays[name].shape
 
 
@@ -149,7 +150,7 @@ def _infer_resnet(arrays: Mapping[str, np.ndarray], prefix: str) -> tuple[int, i
     for depth, blocks in BLOCKS.items():
         if tuple(stages) == blocks and bottleneck == (depth >= 50):
             return depth, len(stem)
-    raise ValueError(
+    raise InputError(
         f"no ResNet of this project: it has stages of {stages or 'no'} blocks; there are "
         + ", ".join(f"{depth}: {blocks}" for depth, blocks in BLOCKS.items())
     )
@@ -235,14 +236,14 @@ def import_checkpoint(
             every missing, unexpected or misshapen one is named.
     """
     if (folder / "checkpoints").exists():
-        raise ValueError(f"{folder} already holds checkpoints; name a new folder")
+        raise InputError(f"{folder} already holds checkpoints; name a new folder")
     arrays, meta = read_torch_file(source)
     about = _categories(meta, annotations)
     count = len(about["category_names"])
     if any(name.startswith("bbox_head.") for name in arrays):
         experiment, classes, network, variables = _detector(arrays, meta, source, config)
         if classes != count:
-            raise ValueError(f"{source} has {classes} classes, the categories given are {count}")
+            raise InputError(f"{source} has {classes} classes, the categories given are {count}")
     else:
         experiment = load_experiment(config) if config else _around_backbone(arrays)
         model = experiment.model
@@ -282,7 +283,7 @@ def _categories(meta: Mapping[str, Any], annotations: str) -> dict[str, Any]:
             if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
                 ids = holder.get("category_ids", range(1, len(names) + 1))
                 return {"category_ids": list(ids), "category_names": list(names)}
-    raise ValueError(
+    raise InputError(
         "the file does not name its classes: pass --annotations FILE, a COCO json whose categories "
         "they are"
     )
@@ -296,14 +297,13 @@ def export_checkpoint(source: Path, file: Path) -> int:
 
     Raises:
         FileNotFoundError: there is no complete checkpoint.
-        ValueError: the file exists, or torch is missing.
+        InputError: the file exists.
+        MissingExtraError: torch is not installed.
     """
     if file.exists():
-        raise ValueError(f"{file} exists; name a new file")
-    try:
+        raise InputError(f"{file} exists; name a new file")
+    with needs("torch"):
         import torch
-    except ImportError as error:
-        raise ValueError("writing a .pth needs torch: pip install torch") from error
     run = load(source)
     arrays = state_dict(run.network, run.variables, run.experiment.detector)
     meta = {
@@ -337,7 +337,7 @@ def main(
     """
     if src.is_dir():
         if dst.suffix != ".pth":
-            raise ValueError(f"{src} is a folder, so that DST must be a .pth file; it is {dst}")
+            raise InputError(f"{src} is a folder, so that DST must be a .pth file; it is {dst}")
         print(f"{export_checkpoint(src, dst)} arrays of {src} written to {dst}")
     else:
         experiment, count = import_checkpoint(src, dst, config, annotations)

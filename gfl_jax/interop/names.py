@@ -58,7 +58,7 @@ def from_torch(path: tuple, array: np.ndarray, shape: tuple[int, ...]) -> np.nda
     """
     ours = np.transpose(array, np.argsort(_torch_axes(path, array.ndim)))
     if ours.shape != tuple(shape):
-        raise ValueError(f"{torch_name(path)}: shape {ours.shape} instead of {tuple(shape)}")
+        raise InputError(f"{torch_name(path)}: shape {ours.shape} instead of {tuple(shape)}")
     return ours.copy()
 
 

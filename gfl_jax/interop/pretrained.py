@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gfl_jax.errors import MissingExtraError, MissingFileError, needs
 from gfl_jax.interop.names import load_state_dict
 from gfl_jax.interop.torch_files import read_torch_file
 from gfl_jax.models.network import Network, Variables
@@ -33,7 +34,7 @@ def find_pretrained(name_or_path: str) -> Path:
     if path.is_file():
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name_or_path) or path.suffix in _SUFFIXES:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no pretrained file {name_or_path}: pass the path of a .pth or .safetensors file, or "
             "the name of a repository on the Hugging Face hub such as timm/resnet50.tv_in1k"
         )
@@ -41,12 +42,14 @@ def find_pretrained(name_or_path: str) -> Path:
     if Path(kept).expanduser().is_file():
         return Path(kept).expanduser()
     try:
-        from huggingface_hub import hf_hub_download
+        with needs("hub"):
+            from huggingface_hub import hf_hub_download
 
         return Path(hf_hub_download(name_or_path, "model.safetensors"))
-    except Exception as error:  # no network, no such repository, no huggingface_hub, ...
-        raise FileNotFoundError(
-            f"could not fetch {name_or_path} from the Hugging Face hub ({type(error).__name__}): "
+    except Exception as error:  # no network, no such repository, ...
+        reason = str(error) if isinstance(error, MissingExtraError) else type(error).__name__
+        raise MissingFileError(
+            f"could not fetch {name_or_path} from the Hugging Face hub ({reason}): "
             f"download model.safetensors of {name_or_path} and pass "
             f"--model.backbone.pretrained PATH (of SSD: --model.pretrained), or put it at {kept}"
         ) from error

@@ -24,7 +24,7 @@ from gfl_jax.config import Data, Experiment, Row, Train, from_dict, to_dict
 from gfl_jax.data.records import MANIFEST
 from gfl_jax.data.sources import Prepared, Shapes, open_split
 from gfl_jax.distributed import parallel
-from gfl_jax.errors import UsageError
+from gfl_jax.errors import InputError, MissingFileError, UsageError
 from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.network import Backbone, Model, Network
 from gfl_jax.models.ssd import SSDModel
@@ -128,7 +128,7 @@ def data_of(source: str, budget: str, own: Data) -> Data:
     elif Path(source).expanduser().is_dir():
         data = dataclasses.replace(own, source=_moved(own.source, source))
     else:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"--data is {source!r}: give 'shapes', a folder that holds annotations/, train2017/ "
             "and val2017/, or a config file whose data it is"
         )
@@ -165,7 +165,7 @@ def jobs_of(table: str, configs: Path = CONFIGS) -> dict[str, tuple[Row, str]]:
         ValueError: there is no such table.
     """
     if table not in TABLES:
-        raise ValueError(f"there is no table {table!r}; there are {', '.join(TABLES)}")
+        raise InputError(f"there is no table {table!r}; there are {', '.join(TABLES)}")
     first: dict[Experiment, str] = {}
     for name in TABLES[: TABLES.index(table) + 1]:
         rows = load_rows(configs / f"table_{name}.py")
@@ -202,7 +202,7 @@ def train_row(experiment: Experiment, workdir: PathLike) -> dict[str, float]:
     if file.exists():
         kept = json.loads(file.read_text())
         if from_dict(Experiment, kept["experiment"]) != experiment:
-            raise ValueError(f"{workdir} holds another experiment; name another --out")
+            raise InputError(f"{workdir} holds another experiment; name another --out")
         return kept["metrics"]
     train_split = open_split(experiment.data, "train")
     val_split = open_split(experiment.data, "val")
@@ -333,7 +333,7 @@ def main(
         found = jobs_of(table, configs)
         chosen[table] = {k: v for k, v in found.items() if fnmatch.fnmatch(k, rows)}
         if not chosen[table]:
-            raise ValueError(f"table {table} has no row {rows!r}; it has {', '.join(found)}")
+            raise InputError(f"table {table} has no row {rows!r}; it has {', '.join(found)}")
     if only_list:
         print("\n\n".join(listing(table, found, folder) for table, found in chosen.items()))
         return

@@ -85,7 +85,7 @@ def test_no_network_says_what_to_do():
 
 def test_no_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(FileNotFoundError, match=r"put it at ~/\.cache"):
+    with pytest.raises(FileNotFoundError, match=r"gfl-jax\[hub\].*put it at ~/\.cache"):
         find_pretrained(NAME)
 
 

@@ -33,7 +33,7 @@ from gfl_jax.data.folders import local_folder, locked, new_folder
 from gfl_jax.data.prepare import RawSplit, prepare_in_cache
 from gfl_jax.data.records import PreparedSplit, open_prepared
 from gfl_jax.data.shapes.render import CLASSES, MIN_SIDE, Shape, render_scene
-from gfl_jax.errors import InputError
+from gfl_jax.errors import InputError, WriteError
 
 SPLITS = ("train", "val")
 VERSION = 1  # increase it whenever the same spec would give other images or labels
@@ -94,7 +94,7 @@ def _write_image(folder: Path, spec: Shapes, split: str, index: int) -> list[Sha
     image, shapes = render_scene(rng, *spec.image_size, spec.blurred)
     path = folder / split / f"{index:06d}.jpg"
     if not cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95]):
-        raise OSError(f"cannot write {path}")
+        raise WriteError(f"cannot write {path}")
     return shapes
 
 
