@@ -51,6 +51,7 @@ NOT_OPENED = {
     "gfl_jax.errors": "the class of errors that a user can fix",
     "gfl_jax.paths": "files local or in a bucket",
     "gfl_jax.data.coco_format": "preparing: what an annotation file says and whether it is right",
+    "gfl_jax.data.folders": "preparing: folders that are complete or absent, locks",
     "gfl_jax.data.prepare": "preparing: written once, read by gfl_jax.data.records",
     "gfl_jax.data.tfds_source": "another data set: prepared by tfds",
     "gfl_jax.data.shapes": "another data set: synthetic images",
@@ -172,8 +173,12 @@ def too_long() -> dict[str, int]:
 def main() -> None:
     """Prints everything."""
     opened = path()
-    for module, lines in opened.items():
-        print(f"{lines:6d}  {modules()[module].relative_to(ROOT)}")
+    for floor, room in enumerate(ROOMS):
+        inside = {m: lines for m, lines in opened.items() if room_of(m) == floor}
+        if inside:
+            print(f"{sum(inside.values()):6d}  {room}")
+        for module, lines in inside.items():
+            print(f"{lines:12d}  {modules()[module].relative_to(ROOT)}")
     print(
         f"{sum(opened.values()):6d}  lines in {len(opened)} files to open for GFL, from disk to "
         f"loss to AP (goal: {LINES_ON_THE_PATH} in {FILES_ON_THE_PATH})\n\nnot opened:"
