@@ -10,7 +10,7 @@ from etils import epath
 
 from gfl_jax.data import images
 from gfl_jax.data.records import PreparedSplit
-from gfl_jax.errors import needs
+from gfl_jax.errors import MissingExtraError, needs
 from gfl_jax.training.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -163,13 +163,17 @@ def finish(workdir: epath.PathLike, split: PreparedSplit, seconds: float) -> Non
     workdir = epath.Path(workdir)
     results = json.loads((workdir / "results.json").read_text())
     contact_sheet(workdir / "detections.png", split, results)
-    plot_run(workdir)
+    curves = f"{workdir / 'curves.png'}   (or: tensorboard --logdir {workdir})"
+    try:
+        plot_run(workdir)
+    except MissingExtraError as error:
+        curves = f"not drawn: {error}"
     last = [entry for entry in read_metrics(workdir) if entry["kind"] == "val"][-1]
     print(
         f"\nAP {last['AP']:.3f}  AP50 {last['AP50']:.3f}  AP75 {last['AP75']:.3f} after step "
         f"{last['step']}; this command took {seconds / 60:.1f} minutes\n"
         f"  picture     {workdir / 'detections.png'}\n"
-        f"  curves      {workdir / 'curves.png'}   (or: tensorboard --logdir {workdir})\n"
+        f"  curves      {curves}\n"
         f"  checkpoint  {workdir / 'checkpoints'}, best in {workdir / 'best'}\n"
         f"  results     {workdir / 'results.json'}, {workdir / 'metrics.jsonl'}\n"
         f"next: python eval.py {workdir}   for all twelve numbers, every class and images/s"

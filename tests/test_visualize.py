@@ -129,6 +129,19 @@ def test_a_finished_run_says_where_everything_is(tmp_path, split, capsys, found)
         assert cv2.imread(str(tmp_path / name)).std() > 5
 
 
+def test_without_matplotlib_a_run_finishes_and_says_what_is_missing(
+    tmp_path, split, capsys, monkeypatch
+):
+    metrics(tmp_path, 1, 1)
+    (tmp_path / "results.json").write_text(json.dumps(results_of(split)))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    finish(tmp_path, split, seconds=90.0)
+    assert "not drawn: matplotlib" in (printed := capsys.readouterr().out)
+    assert "gfl-jax[plotting]" in printed
+    assert (tmp_path / "detections.png").is_file()
+    assert not (tmp_path / "curves.png").exists()
+
+
 def test_the_library_draws_only_when_asked_to():
     program = (
         "import sys, gfl_jax.visualize, gfl_jax.tools.tables; print('matplotlib' in sys.modules)"

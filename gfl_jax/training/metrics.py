@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from gfl_jax.errors import MissingExtraError, needs
 from gfl_jax.paths import PathLike, as_path, is_remote, write
 
 FILE = "metrics.jsonl"
@@ -102,11 +103,12 @@ class MetricsLog:
 def _summary_writer(workdir: Any, start: int) -> Any:
     """TensorBoard's events of a run from step `start`, or None with a sentence why."""
     try:
-        from tensorboardX import SummaryWriter
-
+        with needs("tensorboard"):
+            from tensorboardX import SummaryWriter
         if is_remote(workdir):
-            import google.cloud.storage  # noqa: F401  # what tensorboardX writes to gs:// by
-    except ImportError as error:
-        print(f"no TensorBoard events: {error.name} is not installed")
+            with needs("gcs"):
+                import google.cloud.storage  # noqa: F401  # what tensorboardX writes to gs:// by
+    except MissingExtraError as error:
+        print(f"no TensorBoard events: {error}")
         return None
     return SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)

@@ -1,4 +1,5 @@
 import json
+import sys
 import time
 
 import numpy as np
@@ -118,6 +119,15 @@ def test_values_that_are_not_finite_are_kept_but_not_plotted(tmp_path):
     (entry,) = read_metrics(tmp_path)
     assert entry["loss"] != entry["loss"]
     assert entry["lr"] == float("inf")
+
+
+def test_without_tensorboard_the_numbers_are_still_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    log = MetricsLog(tmp_path, 0)
+    log.write("train", 1, {"loss": 1.0})
+    log.close()
+    assert [entry["loss"] for entry in read_metrics(tmp_path)] == [1.0]
+    assert "gfl-jax[tensorboard]" in capsys.readouterr().out
 
 
 def test_tensorboard_events_are_written(tmp_path):
