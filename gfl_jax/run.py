@@ -1,11 +1,12 @@
 """A work directory as a value: the experiment, the classes and the weights of a trained detector.
 
 A run keeps two folders of checkpoints: `checkpoints`, the newest ones, and `best`, the one of the
-highest AP. Opening one needs neither its data set nor its optimiser.
+highest AP. Opening one needs neither its data set nor its optimiser, and runs no file of the
+user's.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from gfl_jax.paths import PathLike, as_path
 from gfl_jax.training.checkpoint import Checkpoints
 
 FORMAT = 1
-"""Of what `about` says; older ones are brought up to date by `_migrate`."""
+"""Of what is stored now; `_MIGRATIONS` brings older formats up to date."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Run:
         category_ids: of the class labels 0, 1, ..., as in the annotations.
         category_names: of the class labels.
         network: the model with outputs for these classes.
-        variables: the weights, on the host.
+        variables: the weights, on the host; the averaged ones if training averaged them.
     """
 
     folder: PathLike
@@ -44,18 +45,25 @@ class Run:
 
 
 def load(path: PathLike) -> Run:
-    """Opens the best checkpoint of a work directory, else its newest; or a folder of checkpoints.
+    """Opens a trained detector; only its weights are read.
+
+    Args:
+        path: a work directory, whose best checkpoint is opened, or its newest if there is no best
+            one; or a folder of checkpoints. Local, or `gs://...`.
 
     Raises:
-        FileNotFoundError: there is no complete checkpoint.
-        ValueError: it cannot be read by this version.
+        MissingFileError: there is no complete checkpoint.
+        InputError: this version cannot read it.
     """
     checkpoints = Checkpoints.find(path)
     about = checkpoints.about()
     experiment = experiment_of(about)
-    predicts = experiment.detector.predicts(len(about["category_ids"]))
-    network = Network(experiment.model, predicts)
-    abstract = jax.eval_shape(lambda: network.init(0))
+    network = Network(experiment.model, experiment.detector.predicts(len(about["category_ids"])))
+    weights = jax.eval_shape(lambda: network.init(0))
+    if "format" in about:
+        weights = checkpoints.restore({"weights": weights})["weights"]
+    else:
+        weights = _weights_of_format_0(checkpoints.read("state"), weights)
     assert checkpoints.step is not None
     return Run(
         checkpoints.folder,
@@ -64,7 +72,7 @@ def load(path: PathLike) -> Run:
         about["category_ids"],
         about["category_names"],
         network,
-        checkpoints.restore({"weights": abstract})["weights"],
+        weights,
     )
 
 
@@ -84,16 +92,25 @@ def experiment_of(about: dict[str, Any]) -> Experiment:
     """The experiment that a checkpoint was made by.
 
     Raises:
-        ValueError: it was written by a newer version, or is none.
+        InputError: it was written by a newer version, or is none.
     """
-    return from_dict(Experiment, _migrate(about)["experiment"])
+    stored = about.get("format", 0)
+    if stored > FORMAT:
+        raise InputError(
+            f"the checkpoint has format {stored}, this version of gfl_jax reads up to {FORMAT}: "
+            "update gfl_jax"
+        )
+    experiment = about["experiment"]
+    for migrate in _MIGRATIONS[stored:]:
+        experiment = migrate(experiment)
+    return from_dict(Experiment, experiment)
 
 
 def changes_since(workdir: PathLike, experiment: Experiment) -> list[str]:
-    """What a run that continues in `workdir` changes: 'train.lr: 0.01, now 0.02', ...
+    """What a run that resumes in `workdir` changes: 'train.lr: 0.01, now 0.02', ...
 
     Raises:
-        ValueError: its weights do not fit this experiment: they were trained with other anchors.
+        InputError: its weights do not fit this experiment: they were trained with other anchors.
     """
     checkpoints = Checkpoints(as_path(workdir) / "checkpoints")
     if checkpoints.step is None:
@@ -108,22 +125,20 @@ def changes_since(workdir: PathLike, experiment: Experiment) -> list[str]:
     return differences(to_dict(stored), to_dict(experiment))
 
 
-def _migrate(about: dict[str, Any]) -> dict[str, Any]:
-    """Brings what an older version stored up to date."""
-    stored = about.get("format", 0)
-    if stored > FORMAT:
-        raise InputError(
-            f"the checkpoint has format {stored}, this version of gfl_jax reads up to {FORMAT}: "
-            "update gfl_jax"
-        )
-    experiment = about["experiment"]
-    if isinstance(experiment["data"]["source"], str):
-        about = about | {"experiment": experiment | {"data": _source_as_value(experiment["data"])}}
-    return about
+def _format_1(experiment: dict[str, Any]) -> dict[str, Any]:
+    """Custom losses were called Own...; a data source was a name beside the fields of all."""
+    names = {"OwnBoxLoss": "CustomBoxLoss", "OwnClassification": "CustomClassification"}
+
+    def renamed(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        value = {field: renamed(item) for field, item in value.items()}
+        return value | {"kind": names.get(value["kind"], value["kind"])}
+
+    return renamed(experiment | {"data": _source_as_value(experiment["data"])})
 
 
 def _source_as_value(data: dict[str, Any]) -> dict[str, Any]:
-    """Data of format 0: the source was a name, beside the fields of all sources."""
     name, data = data["source"], dict(data)
     names = [f"{split}_{of}" for split in ("train", "val") for of in ("annotations", "images")]
     names += ["root", "cache_dir", "on_error", "shapes"]
@@ -133,3 +148,27 @@ def _source_as_value(data: dict[str, Any]) -> dict[str, Any]:
     of_tfds = {"kind": "Tfds", "name": name, "val_annotations": fields["val_annotations"]} | common
     data["source"] = {"shapes": shapes | common, "coco": of_coco}.get(name, of_tfds)
     return data
+
+
+_MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_format_1,)
+"""The JSON of an experiment from format 0 to 1, from 1 to 2, ..."""
+
+
+def _weights_of_format_0(state: dict[str, Any], like: Variables) -> Variables:
+    """The weights of a checkpoint that was one item, the whole state of training.
+
+    Args:
+        state: `variables` (dictionaries of arrays by name), `ema`, and what training needs.
+        like: shapes and dtypes; which variables are frozen has changed since.
+
+    Raises:
+        InputError: they are of another model.
+    """
+    variables = state["variables"]
+    arrays = {**variables["frozen"], **variables["stats"], **(state["ema"] or variables["params"])}
+
+    for name, expected in {**like.params, **like.frozen, **like.stats}.items():
+        if name not in arrays or arrays[name].shape != expected.shape:
+            raise InputError(f"the checkpoint has no {name} of shape {list(expected.shape)}")
+    params, frozen, stats = ({name: arrays[name] for name in part} for part in like)
+    return Variables(params, frozen, stats)

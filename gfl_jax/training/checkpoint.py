@@ -8,7 +8,7 @@ first process writes one: any number of processes restores them.
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -51,7 +51,7 @@ class Checkpoints:
         """The checkpoints of a work directory, its best one if there is one; or a folder of them.
 
         Raises:
-            FileNotFoundError: there is no complete checkpoint in any of these places.
+            MissingFileError: there is no complete checkpoint in any of these places.
         """
         folder = as_path(folder)
         for candidate in (folder / "best", folder / "checkpoints", folder):
@@ -78,7 +78,7 @@ class Checkpoints:
             about: JSON values kept beside them.
 
         Raises:
-            OSError: this or the save before failed, for want of space for instance.
+            WriteError: this or the save before failed, for want of space for instance.
         """
         if step in self._manager.all_steps():
             return
@@ -93,12 +93,33 @@ class Checkpoints:
         """What was saved beside the items of the newest checkpoint.
 
         Raises:
-            FileNotFoundError: there is no complete checkpoint.
+            MissingFileError: there is no complete checkpoint.
         """
-        if self.step is None:
-            raise MissingFileError(f"no complete checkpoint in {self.folder}")
+        self._must_have_items(["about"])
         args = ocp.args.Composite(about=ocp.args.JsonRestore())
         return dict(self._manager.restore(self.step, args=args)["about"])
+
+    def read(self, item: str) -> Any:
+        """An item of the newest checkpoint as it was stored: dictionaries of arrays on the host.
+
+        Raises:
+            MissingFileError: there is no complete checkpoint.
+        """
+        self._must_have_items([item])
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore()})
+        return self._manager.restore(self.step, args=args)[item]
+
+    def _must_have_items(self, names: Iterable[str]) -> None:
+        """Raises unless there is a checkpoint with items of these names."""
+        if self.step is None:
+            raise MissingFileError(f"no complete checkpoint in {self.folder}")
+        folder = self.folder / str(self.step)
+        if missing := [name for name in names if not (folder / name).is_dir()]:
+            raise InputError(
+                f"the checkpoint {folder} does not hold {', '.join(missing)}: it was written by an "
+                "older version of gfl_jax. It can be evaluated and converted, but not resumed: "
+                "name another --workdir"
+            )
 
     def restore(self, like: Mapping[str, Any]) -> dict[str, Any]:
         """Items of the newest checkpoint, on the host; those not asked for are not read.
@@ -107,11 +128,10 @@ class Checkpoints:
             like: for each item wanted a tree of the same structure, shapes and dtypes.
 
         Raises:
-            FileNotFoundError: there is no complete checkpoint.
-            ValueError: a stored item differs from `like`: it is of another model or optimiser.
+            MissingFileError: there is no complete checkpoint.
+            InputError: a stored item differs from `like`: it is of another model or optimiser.
         """
-        if self.step is None:
-            raise MissingFileError(f"no complete checkpoint in {self.folder}")
+        self._must_have_items(like)
         abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), dict(like))
         trees = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         try:
@@ -141,7 +161,7 @@ class Checkpoints:
         """Waits until everything is on disk.
 
         Raises:
-            OSError: it could not be written.
+            WriteError: it could not be written.
         """
         with self._named_errors():
             self._manager.wait_until_finished()
