@@ -78,7 +78,7 @@ def test_a_work_directory_is_a_detector(tmp_path, state):
     assert_equal(run.variables, state.variables._replace(params=state.ema))
     images = jnp.zeros((1, 64, 64, 3), jnp.uint8)
     outputs, _ = run.network.apply(run.variables, images, jnp.array([[64, 64]]), train=False)
-    assert all(np.isfinite(level).all() for level in jax.tree.leaves(outputs))
+    assert outputs.cls_logits[0].shape == (1, 8, 8, 2)
 
 
 def test_only_the_weights_are_read(tmp_path, state):
