@@ -23,9 +23,11 @@ class Outputs(NamedTuple):
 
     The channels of a cell hold its priors one after another.
 
-    cls_logits: logits, not scores; joint with the IoU in GFL.
-    box_logits: regression channels after the level's Scale; in GFL side-major (l, t, r, b) times
-    bins.  quality_logits: one a prior, or no level at all without a quality branch.
+    Attributes:
+        cls_logits: Logits, not scores; in GFL joint with the IoU.
+        box_logits: Regression channels after the level's Scale; in GFL sides (l, t, r, b) times
+            bins.
+        quality_logits: One per prior; no level at all without a quality branch.
     """
 
     cls_logits: list[Float[Array, "b _ _ classes"]]
@@ -36,8 +38,12 @@ class Outputs(NamedTuple):
 class Predicts(NamedTuple):
     """What a head has to predict.
 
-    cls, box: channels of a prior.  quality: name of the quality branch, empty for none.
-    per_cell: priors a cell of each level.  cls_bias: initial bias of the class logits.
+    Attributes:
+        cls: Class channels per prior.
+        box: Regression channels per prior.
+        quality: Name of the quality branch, empty for none.
+        per_cell: Priors per cell of each level.
+        cls_bias: Initial bias of the class logits.
     """
 
     cls: int
@@ -49,12 +55,16 @@ class Predicts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """The head. names: of its last convolutions, as mmdetection calls them: 'gfl' for gfl_cls, ...
+    """The head.
 
-    width: channels of the towers (256 in the paper).  stacked_convs: convolutions a tower.
-    norm: gn for GroupNorm of 32 groups, so that width is a multiple of 32.
-    conv_bias: whether the towers' convolutions have biases although a norm follows (FCOS).
-    quality_on: tower of the quality branch.  scales: whether each level scales its regression.
+    Attributes:
+        names: Of its last convolutions, as mmdetection calls them: 'gfl' for gfl_cls, ...
+        width: Channels of the towers; 256 in the paper.
+        stacked_convs: Convolutions per tower.
+        norm: Of the towers: gn for GroupNorm with 32 groups (width is then a multiple of 32).
+        conv_bias: Whether the towers' convolutions have biases although a norm follows (FCOS).
+        quality_on: Tower that the quality branch ends.
+        scales: Whether each level scales its regression by a learnable factor.
     """
 
     names: Literal["gfl", "atss", "conv", "retina"] = "gfl"
@@ -67,7 +77,7 @@ class Head:
 
 
 class DenseHead(nnx.Module):
-    """Classes, boxes and maybe quality of every cell; in GFL a class's score is the quality."""
+    """Class, box and maybe quality logits of every cell; in GFL a class's score is the quality."""
 
     def __init__(
         self,
@@ -78,22 +88,23 @@ class DenseHead(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Build with the reference's initial weights: N(0, 0.01), biases 0, class bias -4.595.
+        """Build with mmdetection's initial weights: N(0, 0.01), biases 0, class bias -4.595.
 
         Args:
-            in_features: channels of the pyramid.
-            predicts: the outputs.
-            head: its sizes.
-            dtype: of the convolutions; outputs are float32.
-            rngs: source of the initial weights.
+            in_features: Channels of the pyramid.
+            predicts: The outputs.
+            head: Its sizes.
+            dtype: Of the activations. The last convolutions multiply in it and add in float32:
+                outputs are not rounded to it.
+            rngs: Source of the initial weights.
 
         Raises:
-            ValueError: the levels have different numbers of priors a cell.
+            ValueError: The levels have different numbers of priors per cell.
         """
         if len(set(predicts.per_cell)) > 1:
             raise ValueError(
                 f"this head is shared by all levels; detector.priors have {predicts.per_cell} "
-                "priors a cell"
+                "priors per cell"
             )
 
         def tower():
@@ -114,7 +125,16 @@ class DenseHead(nnx.Module):
 
         def last(branch, features, **kwargs):
             c_in = head.width if head.stacked_convs else in_features
-            conv = conv2d(c_in, features, 3, kernel_init=_normal, dtype=dtype, rngs=rngs, **kwargs)
+            conv = conv2d(
+                c_in,
+                features,
+                3,
+                kernel_init=_normal,
+                dtype=dtype,
+                out_dtype=jnp.float32,
+                rngs=rngs,
+                **kwargs,
+            )
             setattr(self, f"{head.names}_{branch}", conv)
 
         self.head, self.quality = head, predicts.quality
@@ -131,7 +151,7 @@ class DenseHead(nnx.Module):
     @jax.named_scope("bbox_head")
     def __call__(self, levels: Sequence[Float[Array, "b _ _ c"]]) -> Outputs:
         def last(branch, x):
-            return getattr(self, f"{self.head.names}_{branch}")(x).astype(jnp.float32)
+            return getattr(self, f"{self.head.names}_{branch}")(x)
 
         outputs = Outputs([], [], [])
         for level, x in enumerate(levels):
@@ -155,5 +175,5 @@ class Scale(nnx.Module):
     def __init__(self):
         self.scale = nnx.Param(jnp.ones(()))
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         return x * self.scale[...]

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,72 +12,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from gfl_jax.distributed import AXIS
+from gfl_jax.models.conv_grad import conv_general_dilated
 
 Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
-"""frozen_bn: constant statistics of a pretrained network, trainable affine (norm_eval of mmdet).
-bn: statistics of a device's images with running averages, for training from random weights.
-sync_bn: of the images of all devices.  gn: GroupNorm."""
+"""Kinds of norm layers:
 
-_NHWC = ("NHWC", "HWIO", "NHWC")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv2d(x, kernel, strides: tuple[int, int], padding: tuple[tuple[int, int], ...]):
-    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_NHWC)
-
-
-def _conv2d_forward(x, kernel, strides, padding):
-    return _conv2d(x, kernel, strides, padding), (x, kernel)
-
-
-def _conv2d_backward(strides, padding, residuals, gradient):
-    x, kernel = residuals
-
-    def conv(x, kernel):
-        return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_NHWC)
-
-    (dx,) = jax.vjp(lambda x: conv(x, kernel), x)[1](gradient)
-
-    def as_convolution(x, gradient):
-        return jax.vjp(lambda kernel: conv(x, kernel), kernel)[1](gradient)[0]
-
-    def as_products(x, gradient):
-        """A few wide matrix products, up to five times the speed of XLA's own form on CPUs.
-
-        The taps along a kernel row lie side by side in the channels of x, those along a column in
-        the channels of the gradient, so that one product holds them all; for stride s, s products.
-        """
-        kh, kw, c_in, c_out = kernel.shape
-        (sy, sx), (h, w) = strides, gradient.shape[1:3]
-        if c_out < 16:  # too thin for a product
-            return as_convolution(x, gradient)
-        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-        rows: dict[int, Array] = {}
-        for phase in range(min(sy, kh)):
-            taps = range(phase, kh, sy)
-            more = len(taps) - 1
-            x_rows = x[:, phase : phase + (h + more - 1) * sy + 1 : sy]
-            x_taps = [x_rows[:, :, j : j + (w - 1) * sx + 1 : sx] for j in range(kw)]
-            g_taps = [
-                jnp.pad(gradient, ((0, 0), (t, more - t), (0, 0), (0, 0))) for t in range(more + 1)
-            ]
-            product = lax.dot_general(
-                jnp.concatenate(x_taps, axis=-1).reshape(-1, kw * c_in),
-                jnp.concatenate(g_taps, axis=-1).reshape(-1, len(taps) * c_out),
-                (((0,), (0,)), ((), ())),
-            ).reshape(kw, c_in, len(taps), c_out)
-            rows |= {i: product[:, :, t] for t, i in enumerate(taps)}
-        return jnp.stack([rows[i] for i in range(kh)]).astype(kernel.dtype)
-
-    dkernel = lax.platform_dependent(x, gradient, cpu=as_products, default=as_convolution)
-    return dx, dkernel
-
-
-_conv2d.defvjp(_conv2d_forward, _conv2d_backward)
-
-
-def _conv_general_dilated(x, kernel, strides, padding, **_):
-    return _conv2d(x, kernel, tuple(strides), tuple(map(tuple, padding)))
+* frozen_bn: BatchNorm with the constant statistics of a pretrained network and trainable scale and
+  bias (mmdetection's norm_eval);
+* bn: BatchNorm of each device's images with running averages, for training from random weights;
+* sync_bn: BatchNorm of the images of all devices;
+* gn: GroupNorm.
+"""
 
 
 def conv2d(
@@ -86,50 +31,83 @@ def conv2d(
     kernel_size: int,
     *,
     stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
     bias: bool = True,
     kernel_init: jax.nn.initializers.Initializer,
     bias_init: jax.nn.initializers.Initializer = nnx.initializers.zeros,
     dtype: DTypeLike = jnp.float32,
+    out_dtype: DTypeLike | None = None,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A square convolution padded by (k-1)//2 on *both* sides, as in PyTorch.
+    """A square convolution padded on *both* sides to keep the size at stride 1, as in PyTorch.
 
     XLA's 'SAME' pads stride-2 convolutions of even inputs at the bottom and right only, which
     shifts every feature by a pixel against weights trained elsewhere.
+
+    Args:
+        in_features: Channels of the input.
+        out_features: Channels of the output.
+        kernel_size: Side of the kernel.
+        stride: Distance between windows.
+        dilation: Distance between taps of the kernel.
+        groups: Parts of the channels that are convolved separately.
+        bias: Whether a bias is added.
+        kernel_init: Initial kernel [kernel_size, kernel_size, in_features / groups, out_features].
+        bias_init: Initial bias [out_features].
+        dtype: Of the operands; parameters are float32.
+        out_dtype: Of the output, if it is wider than `dtype`: sums are not rounded to `dtype`, and
+            the bias is added in `out_dtype`.
+        rngs: Source of the initial weights.
     """
-    pad = (kernel_size - 1) // 2
+    pad = dilation * (kernel_size - 1) // 2
+    wider: dict[str, Any] = {}
+    if out_dtype is not None and jnp.dtype(out_dtype) != jnp.dtype(dtype):
+        wider = {"preferred_element_type": out_dtype, "promote_dtype": _cast_operands}
     return nnx.Conv(
         in_features,
         out_features,
         (kernel_size, kernel_size),
         strides=(stride, stride),
         padding=((pad, pad), (pad, pad)),
+        kernel_dilation=(dilation, dilation),
+        feature_group_count=groups,
         use_bias=bias,
         kernel_init=kernel_init,
         bias_init=bias_init,
-        conv_general_dilated=_conv_general_dilated,
+        conv_general_dilated=conv_general_dilated,
         dtype=dtype,
         rngs=rngs,
+        **wider,
     )
 
 
-class FrozenBatchNorm(nnx.Module):
-    """BatchNorm whose statistics are constants: one multiply-add per element.
+def _cast_operands(args, *, dtype):
+    x, kernel, bias = args
+    return x.astype(dtype), kernel.astype(dtype), bias
 
-    y = x * s + (bias - mean * s) with s = scale / sqrt(var + 1e-5).
+
+class Constant(nnx.Variable):
+    """An array that is loaded but never changes: it is neither trained nor a running statistic."""
+
+
+class FrozenBatchNorm(nnx.Module):
+    """BatchNorm whose statistics are constants: one multiply-add per element, in float32.
+
+    y = x * s + (bias - mean * s) with s = scale / sqrt(var + 1e-5), rounded to `dtype` at the end.
     """
 
     def __init__(self, features: int, *, dtype: DTypeLike, scale_init=nnx.initializers.ones):
         self.scale = nnx.Param(scale_init(jax.random.key(0), (features,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(features))
-        self.mean = nnx.BatchStat(jnp.zeros(features))
-        self.var = nnx.BatchStat(jnp.ones(features))
+        self.mean = Constant(jnp.zeros(features))
+        self.var = Constant(jnp.ones(features))
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         scale = self.scale[...] * lax.rsqrt(self.var[...] + 1e-5)
         shift = self.bias[...] - self.mean[...] * scale
-        return x.astype(self.dtype) * scale.astype(self.dtype) + shift.astype(self.dtype)
+        return (x.astype(jnp.float32) * scale + shift).astype(self.dtype)
 
 
 def normalization(
@@ -172,10 +150,7 @@ def normalization(
 
 
 class ConvModule(nnx.Module):
-    """Convolution, then optionally GroupNorm and ReLU, named as in the reference's ConvModule.
-
-    bias: of the convolution; None: unless a norm follows.
-    """
+    """Convolution, then optionally GroupNorm and ReLU, named as in the reference's ConvModule."""
 
     def __init__(
         self,
@@ -191,6 +166,20 @@ class ConvModule(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
+        """Build with random weights.
+
+        Args:
+            in_features: Channels of the input.
+            out_features: Channels of the output.
+            kernel_size: Side of the kernel.
+            stride: Distance between windows.
+            bias: Whether the convolution has one; None: unless a norm follows.
+            norm_groups: Groups of the GroupNorm; 0 for no norm.
+            relu: Whether a ReLU comes last.
+            kernel_init: Initial kernel.
+            dtype: Of the activations; parameters are float32.
+            rngs: Source of the initial weights.
+        """
         self.conv = conv2d(
             in_features,
             out_features,
@@ -220,12 +209,32 @@ def max_pool(
 ) -> Float[Array, "b ho wo c"]:
     """Max-pooling padded with -inf (before, after) on both axes, as PyTorch does; ResNet's stem's.
 
-    As maxima of slices: the gradient of XLA's window reduction takes twice the time on CPUs.
+    Of equal maxima the first in reading order takes the whole gradient, as in PyTorch. On CPUs it
+    is made of slices: the gradient of XLA's window reduction, which other platforms use, takes 3
+    to 13 times as long there.
     """
+    return lax.platform_dependent(
+        x,
+        cpu=functools.partial(_pool_slices, window=window, stride=stride, padding=padding),
+        default=functools.partial(_pool_windows, window=window, stride=stride, padding=padding),
+    )
+
+
+def _pool_windows(x: Float[Array, "b h w c"], *, window, stride, padding):
+    sizes, strides = (1, window, window, 1), (1, stride, stride, 1)
+    pads = ((0, 0), padding, padding, (0, 0))
+    return lax.reduce_window(x, -jnp.inf, lax.max, sizes, strides, pads)
+
+
+def _pool_slices(x: Float[Array, "b h w c"], *, window, stride, padding):
+    def larger(first, second):
+        return jnp.where((second > first) | jnp.isnan(second), second, first)
+
     h, w = ((side + sum(padding) - window) // stride * stride + 1 for side in x.shape[1:3])
     x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)), constant_values=-jnp.inf)
-    x = functools.reduce(jnp.maximum, [x[:, i : i + h : stride] for i in range(window)])
-    return functools.reduce(jnp.maximum, [x[:, :, j : j + w : stride] for j in range(window)])
+    # Along rows first: of equal maxima in a window the first in reading order wins.
+    x = functools.reduce(larger, [x[:, :, j : j + w : stride] for j in range(window)])
+    return functools.reduce(larger, [x[:, i : i + h : stride] for i in range(window)])
 
 
 def upsample_nearest(x: Float[Array, "b h w c"], size: Sequence[int]) -> Float[Array, "b ho wo c"]:

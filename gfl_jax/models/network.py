@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from gfl_jax.models.fpn import FPN, Neck
 from gfl_jax.models.heads import DenseHead, Head, Outputs, Predicts
-from gfl_jax.models.layers import Norm
+from gfl_jax.models.layers import Constant, Norm
 from gfl_jax.models.resnet import ResNet, out_features
 from gfl_jax.models.ssd import SSD, SSDModel
 
@@ -144,9 +144,11 @@ class Network:
     def init(self, seed: int) -> Variables:
         """Random weights."""
         network = self._build(rngs=nnx.Rngs(seed))
-        params = _flat(nnx.state(network, nnx.Param))
-        frozen = {name: params.pop(name) for name in list(params) if self.model.is_frozen(name)}
-        return Variables(params, frozen, _flat(nnx.state(network, nnx.BatchStat)))
+        params, frozen, stats = (
+            _flat(nnx.state(network, kind)) for kind in (nnx.Param, Constant, nnx.BatchStat)
+        )
+        frozen |= {name: params.pop(name) for name in list(params) if self.model.is_frozen(name)}
+        return Variables(params, frozen, stats)
 
     def by_path(self, variables: Variables) -> dict[tuple, jax.Array]:
         """The arrays by their paths in the Flax module, such as ('backbone', 'conv1', 'kernel')."""

@@ -62,15 +62,8 @@ class VGG(nnx.Module):
                 index, c_in = index + 2, c_out  # a ReLU lies in between
             index += 1  # the pooling
         # fc6 of VGG: 7x7 thinned out to 3x3 at a distance of 6.
-        convs[str(index)] = nnx.Conv(
-            c_in,
-            16 * width,
-            (3, 3),
-            padding=((6, 6), (6, 6)),
-            kernel_dilation=(6, 6),
-            kernel_init=_kaiming,
-            dtype=dtype,
-            rngs=rngs,
+        convs[str(index)] = conv2d(
+            c_in, 16 * width, 3, dilation=6, kernel_init=_kaiming, dtype=dtype, rngs=rngs
         )
         convs[str(index + 2)] = conv2d(
             16 * width, 16 * width, 1, kernel_init=_kaiming, dtype=dtype, rngs=rngs
@@ -179,6 +172,7 @@ class SSDHead(nnx.Module):
                             kernel_init=_xavier,
                             bias_init=bias_init,
                             dtype=dtype,
+                            out_dtype=jnp.float32,
                             rngs=rngs,
                         )
                     ]
@@ -193,7 +187,7 @@ class SSDHead(nnx.Module):
     def __call__(self, levels: Sequence[Float[Array, "b _ _ _"]]) -> Outputs:
         def all_levels(convs):
             pairs = zip(convs, levels, strict=True)
-            return [conv(x).astype(jnp.float32) for (conv,), x in pairs]
+            return [conv(x) for (conv,), x in pairs]
 
         return Outputs(all_levels(self.cls_convs), all_levels(self.reg_convs))
 

@@ -108,6 +108,15 @@ def test_a_shared_head_needs_as_many_priors_on_every_level():
         DenseHead(8, Predicts(5, 4, per_cell=(1, 1, 3, 1, 1)), Head(width=32), rngs=nnx.Rngs(0))
 
 
+def test_logits_of_bfloat16_networks_are_not_rounded_to_it():
+    predicts = Predicts(cls=5, box=4, quality="iou", per_cell=(2,) * 5)
+    head = DenseHead(8, predicts, Head("conv", 32, 1), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    for part in head([x.astype(jnp.bfloat16) for x in levels()]):
+        x = np.concatenate([np.ravel(level) for level in part])
+        assert x.dtype == np.float32
+        assert (x.astype(jnp.bfloat16).astype(np.float32) != x).mean() > 0.5
+
+
 # The reference's heads.
 
 

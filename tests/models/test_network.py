@@ -54,6 +54,11 @@ def images(seed=0):
 SIZES = np.array([(64, 50), (40, 64)], np.int32)
 
 
+def constant(name):
+    """Whether an array is a statistic of a BatchNorm."""
+    return name.endswith((".mean", ".var"))
+
+
 def count(arrays):
     return sum(math.prod(array.shape) for array in arrays.values())
 
@@ -69,7 +74,8 @@ def gfl_r50() -> Variables:
 def test_gfl_r50_has_the_parameters_of_the_reference():
     variables = gfl_r50()
     assert count(variables.params) == 32_215_193
-    assert count(variables.params | variables.frozen) == 32_440_537
+    parameters = {name: array for name, array in variables.frozen.items() if not constant(name)}
+    assert count(variables.params | parameters) == 32_440_537
     assert {array.dtype for part in variables for array in part.values()} == {jnp.dtype("float32")}
 
 
@@ -234,12 +240,24 @@ def test_initial_head_is_that_of_the_reference():
 def test_frozen_stages_are_not_trained(stages, prefixes):
     variables = abstract(tiny(frozen_stages=stages))
     frozen = tuple(f"backbone.{prefix}." for prefix in prefixes)
-    assert all(name.startswith(frozen) for name in variables.frozen)
+    parameters = {name for name in variables.frozen if not constant(name)}
+    assert all(name.startswith(frozen) for name in parameters)
     assert not any(name.startswith(frozen) for name in variables.params)
-    assert {name.split(".")[1] for name in variables.frozen} == set(prefixes)
-    assert all(name.endswith((".mean", ".var")) for name in variables.stats)
+    assert {name.split(".")[1] for name in parameters} == set(prefixes)
     whole = abstract(tiny(frozen_stages=-1))
-    assert (variables.params | variables.frozen).keys() == whole.params.keys()
+    assert (variables.params | variables.frozen).keys() == (whole.params | whole.frozen).keys()
+
+
+def test_statistics_of_frozen_norms_are_constants():
+    """Nothing that a step would have to return or average; those that move are."""
+    variables = gfl_r50()
+    assert sum(map(constant, variables.frozen)) == 2 * 53
+    assert not variables.stats
+    moving = abstract(tiny("bn", frozen_stages=-1))
+    assert len(moving.stats) == 2 * 20
+    assert all(map(constant, moving.stats))
+    assert not moving.frozen
+    assert not abstract(tiny("gn", width=32, frozen_stages=-1)).frozen
 
 
 @pytest.mark.parametrize("stages", [-1, 1])
@@ -254,7 +272,7 @@ def test_constant_norms_of_the_backbone_are_not_trained(stages):
     }
     assert {name.rsplit(".", 2)[1] for name in norms} == {"bn1", "bn2", "1"}  # downsample.1
     assert variables.frozen.keys() == norms | abstract(tiny(frozen_stages=stages)).frozen.keys()
-    assert variables.params.keys() == whole.params.keys() - variables.frozen.keys()
+    assert variables.params.keys() == whole.params.keys() - norms - variables.frozen.keys()
     assert "bbox_head.cls_convs.0.gn.scale" in variables.params
 
 
@@ -273,7 +291,8 @@ def test_outputs_are_float32_whatever_the_convolutions_are(dtype):
     assert [x.shape for x in outputs.box_logits] == [
         (2, side, side, BOX_CHANNELS) for side in sides
     ]
-    assert {x.dtype for x in jax.tree.leaves((outputs, stats))} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(outputs)} == {jnp.dtype("float32")}
+    assert stats == {}
     assert ("bf16" in str(jaxpr)) == (dtype == "bfloat16")
 
 

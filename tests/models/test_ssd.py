@@ -123,6 +123,15 @@ def test_outputs_are_float32_whatever_the_convolutions_are(dtype):
     assert ("bf16" in str(jaxpr)) == (dtype == "bfloat16")
 
 
+def test_logits_of_bfloat16_networks_are_not_rounded_to_it():
+    head = SSDHead((8, 16), Predicts(5, 4, per_cell=(4, 4)), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    levels = [jnp.asarray(rng.normal(size=(2, 4, 4, c)), jnp.bfloat16) for c in (8, 16)]
+    for x in jax.tree.leaves(head(levels)):
+        assert x.dtype == jnp.float32
+        assert (x.astype(jnp.bfloat16).astype(jnp.float32) != x).mean() > 0.5
+
+
 @pytest.mark.parametrize("pixels", [128, 100])
 def test_forward_pass_is_that_of_pytorchs_layers(pixels):
     """With 100 pixels some sides are odd: their last row and column are pooled alone."""

@@ -354,6 +354,34 @@ def test_without_ema_the_parameters_themselves_are_evaluated(linear_network):
     assert state.evaluated().params is state.variables.params
 
 
+def test_constants_go_through_a_step_untouched_and_are_not_averaged(make_batch):
+    """Of a frozen BatchNorm nothing is computed or sent; the statistics of 'bn' are."""
+    summed = {}
+    for norm in ("frozen_bn", "bn"):
+        backbone = Backbone(depth=18, width=8, norm=norm, frozen_stages=-1)
+        model = Model(backbone, Neck(32), Head(width=32, stacked_convs=1))
+        network, optimizer = Network(model, Detector().predicts(3)), optax.sgd(0.1)
+        step = make_train_step(network, Detector(), optimizer, lambda step: 0.1, TRAIN)
+        state = jax.eval_shape(lambda n=network, o=optimizer: init_state(n.init(0), o, TRAIN))
+        trace = jax.make_jaxpr(
+            functools.partial(step, axis_name=AXIS), axis_env=[(AXIS, 1)], return_shape=True
+        )
+        jaxpr, outputs = trace(state, make_batch([1, 2]))
+        inputs = dict(zip(paths(state), jaxpr.jaxpr.invars, strict=False))
+        returned = zip(paths(outputs[0]), jaxpr.jaxpr.outvars, strict=False)
+        untouched = {path for path, variable in returned if variable is inputs[path]}
+        assert untouched == {f".variables.frozen[{name!r}]" for name in state.variables.frozen}
+        assert len(state.variables.frozen) == (2 * 20 if norm == "frozen_bn" else 0)
+        sums = [e for e in jaxpr.jaxpr.eqns if e.primitive.name.startswith("psum")]
+        summed[norm] = sum(len(equation.invars) for equation in sums)
+    assert summed["bn"] == summed["frozen_bn"] + 2 * 20
+
+
+def paths(tree):
+    """The paths of its arrays."""
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
+
+
 @pytest.mark.parametrize(
     ("stages", "prefixes"),
     [
@@ -368,6 +396,7 @@ def test_frozen_stages_hold_exactly_the_named_stages(stages, prefixes):
     model = Model(backbone, Neck(32), Head(width=32, stacked_convs=1))
     network = Network(model, Detector().predicts(3))
     params, frozen, _ = jax.eval_shape(lambda: network.init(0))
+    frozen = [name for name in frozen if not name.endswith((".mean", ".var"))]  # of every stage
     assert all(name.startswith(prefixes) for name in frozen)
     assert not any(prefixes and name.startswith(prefixes) for name in params)
     for prefix in prefixes:
