@@ -35,12 +35,7 @@ def for_coco(system: Experiment, pretrained: str) -> Experiment:
 
     COCO's train2017 has two boxes without height.
     """
-    model = dataclasses.replace(system.model, dtype="bfloat16")
-    if isinstance(model, SSDModel):
-        model = dataclasses.replace(model, pretrained=pretrained)
-    else:
-        backbone = dataclasses.replace(model.backbone, pretrained=pretrained)
-        model = dataclasses.replace(model, backbone=backbone)
+    model = dataclasses.replace(system.model, dtype="bfloat16").with_pretrained(pretrained)
     system = dataclasses.replace(system, model=model)
     return changed(
         system, data={"source": CocoFolder(on_error="skip")}, train={"checkpoint_every": 1000}

@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -32,7 +32,6 @@ from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.interop.torch_files import read_torch_file
 from gfl_jax.models.network import Backbone, Model, Network, Variables
 from gfl_jax.models.resnet import BLOCKS
-from gfl_jax.models.ssd import SSDModel
 from gfl_jax.run import describe, load
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.step import init_state, sgd
@@ -93,8 +92,7 @@ def infer_experiment(arrays: Mapping[str, np.ndarray]) -> Experiment:
             "with --config"
         )
 
-    model = system.model
-    assert isinstance(model, Model)
+    model = cast(Model, system.model)
     stacked = {n.split(".")[2] for n in arrays if n.startswith("bbox_head.cls_convs.")}
     depth, width = _infer_resnet(arrays, "backbone.")
     neck_width = _shape(arrays, "neck.lateral_convs.0.conv.weight")[0]
@@ -121,12 +119,12 @@ def count_classes(arrays: Mapping[str, np.ndarray], experiment: Experiment) -> i
         ValueError: they are not of this detector.
     """
     model, detector = experiment.model, experiment.detector
-    last = "cls_convs.0.0" if isinstance(model, SSDModel) else f"{model.head.names}_cls"
-    channels = _shape(arrays, f"bbox_head.{last}.weight")[0]
+    last = f"bbox_head.{model.cls_conv}.weight"
+    channels = _shape(arrays, last)[0]
     classes, rest = divmod(channels, detector.priors.per_cell[0])
     if rest:
         raise InputError(
-            f"bbox_head.{last}.weight has {channels} channels, no multiple of the "
+            f"{last} has {channels} channels, no multiple of the "
             f"{detector.priors.per_cell[0]} priors a cell of {detector.priors}"
         )
     return classes - detector.classification.channels(0)
@@ -246,12 +244,7 @@ def import_checkpoint(
             raise InputError(f"{source} has {classes} classes, the categories given are {count}")
     else:
         experiment = load_experiment(config) if config else _around_backbone(arrays)
-        model = experiment.model
-        if isinstance(model, SSDModel):
-            model = dataclasses.replace(model, pretrained=str(source))
-        else:
-            backbone = dataclasses.replace(model.backbone, pretrained=str(source))
-            model = dataclasses.replace(model, backbone=backbone)
+        model = experiment.model.with_pretrained(str(source))
         network = Network(model, experiment.detector.predicts(count))
         variables = load_pretrained(network, network.init(experiment.train.seed))
     state = init_state(variables, sgd(experiment.train, lambda step: 0.0), experiment.train)

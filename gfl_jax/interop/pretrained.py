@@ -85,14 +85,8 @@ def load_pretrained(network: Network, variables: Variables) -> Variables:
     """
     source = network.model.pretrained
     if not source:
-        backbone = getattr(network.model, "backbone", None)
-        if backbone and (backbone.norm == "frozen_bn" or backbone.frozen_stages >= 0):
-            warnings.warn(
-                f"the backbone is random, but norm {backbone.norm!r} and frozen_stages "
-                f"{backbone.frozen_stages} are for a pretrained one: name it as "
-                "model.backbone.pretrained, or set norm to 'bn' or 'gn', frozen_stages to -1",
-                stacklevel=2,
-            )
+        if problem := network.model.random_backbone_problem():
+            warnings.warn(f"the backbone is random, but {problem}", stacklevel=2)
         return variables
     paths = network.by_path(variables).items()
     arrays = {path[1:]: array for path, array in paths if path[0] == "backbone"}

@@ -15,11 +15,13 @@ from gfl_jax.models.layers import ConvModule, upsample_nearest
 
 @dataclasses.dataclass(frozen=True)
 class Neck:
-    """The pyramid. width: its channels, 256 in the paper.
+    """The feature pyramid.
 
-    extra_from: what P6 is a strided convolution of: P5 ('output'; GFL, ATSS, FCOS) or C5 ('input';
-        RetinaNet, FoveaBox). P7 is one of P6.
-    extra_relu: whether a ReLU lies between P6 and P7 (FCOS).
+    Attributes:
+        width: Channels of every level; 256 in the paper.
+        extra_from: What P6 is a strided convolution of: P5 ('output'; GFL, ATSS, FCOS) or C5
+            ('input'; RetinaNet, FoveaBox). P7 is one of P6.
+        extra_relu: Whether a ReLU lies between P6 and P7 (FCOS).
     """
 
     width: int = 256

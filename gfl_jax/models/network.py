@@ -1,13 +1,10 @@
 """The whole network as pure functions of flat dictionaries of arrays.
 
-Parameters are dictionaries from dotted paths, as the PyTorch reference names its modules
-('backbone.layer1.0.conv1.kernel'), to arrays. Three of them make up a network: `params`, which the
-optimiser trains, `frozen`, pretrained stages that receive neither gradient nor weight decay, and
-`stats`, BatchNorm statistics.
+The dictionaries map dotted paths, as the PyTorch reference names its modules
+('backbone.layer1.0.conv1.kernel'), to arrays.
 """
 
 import dataclasses
-import functools
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -15,19 +12,25 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from gfl_jax.models.fpn import FPN, Neck
 from gfl_jax.models.heads import DenseHead, Head, Outputs, Predicts
-from gfl_jax.models.layers import Constant, Norm
-from gfl_jax.models.resnet import ResNet, out_features
-from gfl_jax.models.ssd import SSD, SSDModel
+from gfl_jax.models.layers import Constant
+from gfl_jax.models.resnet import Backbone, ResNet, out_features
+from gfl_jax.models.ssd import SSDModel
 
 Arrays = dict[str, jax.Array]
 
 
 class Variables(NamedTuple):
-    """All arrays of a network: trained parameters, frozen parameters, BatchNorm statistics."""
+    """All arrays of a network, by dotted path.
+
+    Attributes:
+        params: What the optimiser trains.
+        frozen: What never changes: parameters of frozen stages, statistics of frozen BatchNorms.
+        stats: Running statistics of the norm layers 'bn' and 'sync_bn'.
+    """
 
     params: Arrays
     frozen: Arrays
@@ -35,44 +38,18 @@ class Variables(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Backbone:
-    """depth: ResNet-18, 34, 50 or 101.  width: channels of its first stage, 64 in the paper.
-
-    norm: frozen_bn for pretrained weights; bn, sync_bn or gn for training from random ones.
-    frozen_stages: -1 none, 0 the stem, 1 stem and first stage, ... : no gradient, no weight decay.
-    pretrained: a .pth or .safetensors file, or a Hugging Face name such as timm/resnet50.tv_in1k.
-    caffe: whether bottlenecks stride on their first 1x1, as the weights from Detectron do.
-    train_norm: whether scales and biases of norm layers are trained.
-    remat: whether the backward pass computes the inside of each residual block again: less memory,
-        more time.
-    """
-
-    depth: int = 50
-    width: int = 64
-    norm: Norm = "frozen_bn"
-    frozen_stages: int = 1
-    pretrained: str = ""
-    caffe: bool = False
-    train_norm: bool = True
-    remat: bool = False
-
-    def __post_init__(self):
-        if not -1 <= self.frozen_stages <= 4:
-            raise ValueError(f"backbone.frozen_stages is {self.frozen_stages}; it must be -1 to 4")
-        if self.norm in ("bn", "sync_bn") and self.frozen_stages >= 0:
-            raise ValueError(
-                f"backbone.norm {self.norm!r} trains the statistics of every stage; "
-                f"backbone.frozen_stages is {self.frozen_stages}: set it to -1, or norm to "
-                "'frozen_bn'"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
 class Model:
     """The network: ResNet, pyramid and head.
 
-    dtype: of the convolutions; parameters, norm statistics and head outputs are float32 always.
-    mean, std: of pixels, 0 to 255, in `channel_order`, which is that of the pretrained weights.
+    Attributes:
+        backbone: The ResNet.
+        neck: The feature pyramid.
+        head: The head, shared by all levels.
+        dtype: Of convolutions and activations. Parameters, the arithmetic of norm layers and the
+            head's outputs are float32 always.
+        mean: Of pixels, 0 to 255, in `channel_order`.
+        std: Of pixels, 0 to 255, in `channel_order`.
+        channel_order: What the pretrained weights expect.
     """
 
     backbone: Backbone = Backbone()
@@ -88,14 +65,62 @@ class Model:
         """That of the backbone."""
         return self.backbone.pretrained
 
+    @property
+    def cls_conv(self) -> str:
+        """Path in `bbox_head` of the convolution that predicts class logits."""
+        return f"{self.head.names}_cls"
+
+    def build(self, predicts: Predicts, *, rngs: nnx.Rngs) -> "DenseNetwork":
+        """The network, with random weights."""
+        return DenseNetwork(self, predicts, rngs=rngs)
+
+    def with_pretrained(self, source: str) -> "Model":
+        """The same model with a pretrained backbone from a file or a name."""
+        backbone = dataclasses.replace(self.backbone, pretrained=source)
+        return dataclasses.replace(self, backbone=backbone)
+
     def is_frozen(self, name: str) -> bool:
-        """Whether a parameter, by its dotted path, is of a frozen stage or norm layer."""
+        """Whether the parameter with this dotted path is of a frozen stage or norm layer."""
         stages = self.backbone.frozen_stages
-        prefixes = ["conv1.", "bn1."] * (stages >= 0) + [f"layer{i + 1}." for i in range(stages)]
-        if name.startswith(tuple(f"backbone.{prefix}" for prefix in prefixes)):
+        frozen = ["conv1", "bn1"] if stages >= 0 else []
+        frozen += [f"layer{i + 1}" for i in range(stages)]
+        if name.startswith(tuple(f"backbone.{module}." for module in frozen)):
             return True
         norm = re.match(r"backbone\.(.*\.)?(bn\d|downsample\.1)\.", name)
         return bool(norm) and not self.backbone.train_norm
+
+    def random_backbone_problem(self) -> str:
+        """Why the backbone should not start from random weights; empty if it can."""
+        norm, stages = self.backbone.norm, self.backbone.frozen_stages
+        if norm != "frozen_bn" and stages < 0:
+            return ""
+        return (
+            f"norm {norm!r} and frozen_stages {stages} are for a pretrained backbone: name it as "
+            "model.backbone.pretrained, or set norm to 'bn' or 'gn', frozen_stages to -1"
+        )
+
+    def small(self, side: int) -> tuple["Model", dict[str, Any]]:
+        """The same choices in a size that two CPU cores train from random weights in minutes.
+
+        Towers have GroupNorm, also those of RetinaNet and FoveaBox: without one they learn nothing
+        from random weights in this time.
+
+        Args:
+            side: The smaller side of the images, in pixels.
+
+        Returns:
+            The model, and the fields of the detector that change with it.
+        """
+        model = Model(
+            backbone=Backbone(depth=18, width=32, norm="bn", frozen_stages=-1),
+            neck=dataclasses.replace(self.neck, width=64),
+            head=dataclasses.replace(self.head, width=64, stacked_convs=2, norm="gn"),
+        )
+        return model, {}
+
+
+AnyModel = Model | SSDModel
+"""The families of networks; another one has the same methods and joins here."""
 
 
 class DenseNetwork(nnx.Module):
@@ -124,17 +149,16 @@ class DenseNetwork(nnx.Module):
 class Network:
     """`init` makes the arrays, `apply` is the pure forward pass over them."""
 
-    def __init__(self, model: Model | SSDModel, predicts: Predicts):
+    def __init__(self, model: AnyModel, predicts: Predicts):
         """Describe the network; nothing is computed yet.
 
         Args:
-            model: sizes.
-            predicts: what a detector needs of it, `Detector.predicts(num_classes)`.
+            model: Its kind and sizes.
+            predicts: What a detector needs of it, `Detector.predicts(num_classes)`.
         """
         self.model = model
-        module: Any = SSD if isinstance(model, SSDModel) else DenseNetwork
-        self._build = functools.partial(module, model, predicts)
-        network = nnx.eval_shape(lambda: self._build(rngs=nnx.Rngs(0)))
+        self._predicts = predicts
+        network = nnx.eval_shape(lambda: model.build(predicts, rngs=nnx.Rngs(0)))
         self.paths = [path for path, _ in nnx.to_flat_state(nnx.state(network))]
         network.train()
         self._train_graph = nnx.split(network)[0]
@@ -143,14 +167,14 @@ class Network:
 
     def init(self, seed: int) -> Variables:
         """Random weights."""
-        network = self._build(rngs=nnx.Rngs(seed))
+        network = self.model.build(self._predicts, rngs=nnx.Rngs(seed))
         params, frozen, stats = (
             _flat(nnx.state(network, kind)) for kind in (nnx.Param, Constant, nnx.BatchStat)
         )
         frozen |= {name: params.pop(name) for name in list(params) if self.model.is_frozen(name)}
         return Variables(params, frozen, stats)
 
-    def by_path(self, variables: Variables) -> dict[tuple, jax.Array]:
+    def by_path(self, variables: Variables) -> dict[tuple, Array]:
         """The arrays by their paths in the Flax module, such as ('backbone', 'conv1', 'kernel')."""
         arrays = {**variables.params, **variables.frozen, **variables.stats}
         return {path: arrays[_dotted(path)] for path in self.paths}
@@ -163,7 +187,7 @@ class Network:
     def apply(
         self,
         variables: Variables,
-        images: Array,
+        images: UInt8[Array, "b h w 3"],
         sizes: Int[Array, "b 2"],
         *,
         train: bool,
@@ -171,25 +195,28 @@ class Network:
         """Forward pass.
 
         Args:
-            variables: all arrays.
-            images: uint8 RGB canvases [b, h, w, 3], sides multiples of 32.
-            sizes: height and width of the image on its canvas; what lies outside is padding.
-            train: whether norm layers of kind 'bn' use the batch's statistics.
+            variables: All arrays.
+            images: RGB canvases, sides multiples of 32.
+            sizes: Height and width of the image on its canvas, in pixels; what lies outside is
+                padding.
+            train: Whether norm layers of kind 'bn' and 'sync_bn' use the batch's statistics.
 
         Returns:
-            The head's outputs and the new statistics (the old ones unless training).
+            The head's outputs, and `Variables.stats` after this batch (the same unless training).
         """
         network = self.module(variables, train=train)
         outputs = network(self.normalize(images, sizes))
         return outputs, _flat(nnx.state(network, nnx.BatchStat))
 
-    def module(self, variables: Variables, *, train: bool) -> DenseNetwork | SSD:
+    def module(self, variables: Variables, *, train: bool) -> Any:
         """The Flax module with these arrays, for a look inside: backbone, neck and bbox_head."""
         state = nnx.from_flat_state(list(self.by_path(variables).items()))
         return nnx.merge(self._train_graph if train else self._eval_graph, state)
 
     @jax.named_scope("normalize")
-    def normalize(self, images: Array, sizes: Int[Array, "b 2"]) -> Float[Array, "b h w 3"]:
+    def normalize(
+        self, images: UInt8[Array, "b h w 3"], sizes: Int[Array, "b 2"]
+    ) -> Float[Array, "b h w 3"]:
         """(x - mean) / std in float32, then zero in the padding, as the reference pads after it."""
         x = images[..., ::-1] if self.model.channel_order == "bgr" else images
         x = (x.astype(jnp.float32) - jnp.array(self.model.mean)) / jnp.array(self.model.std)

@@ -1,5 +1,7 @@
 """ResNet-18/34/50/101 (He et al., arXiv 1512.03385) in torchvision's layout and names."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,13 +24,63 @@ def out_features(depth: int, width: int) -> tuple[int, int, int, int]:
     return tuple(width * 2**stage * expansion for stage in range(4))  # type: ignore[return-value]
 
 
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """The ResNet.
+
+    Attributes:
+        depth: Layers: 18, 34, 50 or 101.
+        width: Channels of the first stage; 64 in the paper.
+        norm: frozen_bn for pretrained weights; bn, sync_bn or gn for training from random ones.
+        frozen_stages: -1 none, 0 the stem, 1 stem and first stage, ...: these have no gradient and
+            no weight decay.
+        pretrained: A .pth or .safetensors file, or a Hugging Face name such as
+            timm/resnet50.tv_in1k. Empty for random weights.
+        caffe: Whether bottlenecks stride on their first 1x1, as the weights from Detectron do.
+        train_norm: Whether scales and biases of norm layers are trained.
+        remat: Whether the backward pass computes the inside of each residual block again: less
+            memory, more time.
+    """
+
+    depth: int = 50
+    width: int = 64
+    norm: Norm = "frozen_bn"
+    frozen_stages: int = 1
+    pretrained: str = ""
+    caffe: bool = False
+    train_norm: bool = True
+    remat: bool = False
+
+    def __post_init__(self):
+        if not -1 <= self.frozen_stages <= 4:
+            raise ValueError(f"backbone.frozen_stages is {self.frozen_stages}; it must be -1 to 4")
+        if self.norm in ("bn", "sync_bn") and self.frozen_stages >= 0:
+            raise ValueError(
+                f"backbone.norm {self.norm!r} trains the statistics of every stage; "
+                f"backbone.frozen_stages is {self.frozen_stages}: set it to -1, or norm to "
+                "'frozen_bn'"
+            )
+
+
 class _Block(nnx.Module):
     """Basic (two 3x3) or bottleneck (1x1, 3x3, 1x1) residual block.
 
     The stride sits on the first 3x3 or, in bottlenecks of caffe's style, on the first 1x1.
     """
 
-    def __init__(self, c_in, width, c_out, stride, *, bottleneck, caffe, norm, dtype, rngs):
+    def __init__(
+        self,
+        c_in: int,
+        width: int,
+        c_out: int,
+        stride: int,
+        *,
+        bottleneck: bool,
+        caffe: bool,
+        norm: Norm,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         def conv(c_in, c_out, kernel_size, stride=1):
             return conv2d(
                 c_in,
@@ -56,7 +108,7 @@ class _Block(nnx.Module):
         self.downsample = nnx.List([conv(c_in, c_out, 1, stride), bn(c_out)] if projects else [])
         self.bottleneck = bottleneck
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "b h w c_in"]) -> Float[Array, "b ho wo c_out"]:
         shortcut = x
         for layer in self.downsample:
             shortcut = layer(shortcut)
@@ -85,17 +137,17 @@ class ResNet(nnx.Module):
 
         Args:
             depth: 18, 34, 50 or 101.
-            width: channels after the stem and of the first stage; 64 in the paper.
-            norm: see `gfl_jax.models.layers.Norm`.
-            caffe: whether bottlenecks stride on their first 1x1, as the weights from Detectron do,
-                instead of on the 3x3, as torchvision's.
-            remat: whether the backward pass computes the inside of each block again instead of
+            width: Channels after the stem and of the first stage; 64 in the paper.
+            norm: See `gfl_jax.models.layers.Norm`.
+            caffe: Whether bottlenecks stride on their first 1x1, as the weights from Detectron do,
+                instead of on the 3x3, as torchvision's do.
+            remat: Whether the backward pass computes the inside of each block again instead of
                 keeping it.
-            dtype: of the computation; parameters are float32.
-            rngs: source of the initial weights.
+            dtype: Of the activations; parameters are float32.
+            rngs: Source of the initial weights.
 
         Raises:
-            ValueError: for another depth.
+            ValueError: There is no ResNet of this depth here.
         """
         if depth not in BLOCKS:
             raise ValueError(f"ResNet depth {depth} is unknown; use one of {sorted(BLOCKS)}")

@@ -5,7 +5,7 @@ Named as in the reference: backbone.features.N, neck.extra_layers, bbox_head.cls
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from gfl_jax.models.heads import Outputs, Predicts
 from gfl_jax.models.layers import ConvModule, conv2d, max_pool
+from gfl_jax.priors import SSDBoxes
 
 _xavier = nnx.initializers.xavier_uniform()
 _kaiming = nnx.initializers.he_normal()
@@ -26,11 +27,16 @@ BLOCKS = (2, 2, 3, 3, 3)
 class SSDModel:
     """The network of SSD.
 
-    width: channels of VGG's first block; 64 in the paper.
-    extra_levels: pyramid levels after the two of VGG; 5 for 512 pixels. The last one is a 4x4
-        convolution, which makes 1x1 of 2x2: the sides of the input are 2^(extra_levels + 4).
-    pretrained: file of VGG-16 with fc6 and fc7 as convolutions (31 and 33).
-    dtype: of the convolutions.  mean, std: of RGB pixels, 0 to 255.
+    Attributes:
+        width: Channels of VGG's first block; 64 in the paper.
+        extra_levels: Pyramid levels after the two of VGG; 5 for 512 pixels. The last one is a 4x4
+            convolution, which makes 1x1 of 2x2: the sides of the input are 2^(extra_levels + 4).
+        pretrained: File of VGG-16 with fc6 and fc7 as convolutions (31 and 33). Empty for random
+            weights.
+        dtype: Of convolutions and activations. Parameters and the head's outputs are float32
+            always.
+        mean: Of RGB pixels, 0 to 255.
+        std: Of RGB pixels, 0 to 255.
     """
 
     width: int = 64
@@ -41,10 +47,31 @@ class SSDModel:
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     channel_order = "rgb"
+    cls_conv = "cls_convs.0.0"
+
+    def build(self, predicts: Predicts, *, rngs: nnx.Rngs) -> "SSD":
+        """The network, with random weights."""
+        return SSD(self, predicts, rngs=rngs)
+
+    def with_pretrained(self, source: str) -> "SSDModel":
+        """The same model with a pretrained VGG from a file."""
+        return dataclasses.replace(self, pretrained=source)
 
     def is_frozen(self, name: str) -> bool:
         """No parameter is."""
         return False
+
+    def random_backbone_problem(self) -> str:
+        """Random weights are no problem that could be told from the fields."""
+        return ""
+
+    def small(self, side: int) -> tuple["SSDModel", dict[str, Any]]:
+        """A VGG of a quarter of the width, levels and boxes down to one cell."""
+        levels = (side // 8).bit_length()
+        ratios = ((2,), *((2, 3),) * (levels - 3), (2,), (2,))
+        strides = tuple(8 * 2**level for level in range(levels))
+        model = SSDModel(width=16, extra_levels=levels - 2)
+        return model, {"priors": SSDBoxes(side, ratios=ratios, strides=strides)}
 
 
 class VGG(nnx.Module):

@@ -26,10 +26,8 @@ from gfl_jax.data.sources import Prepared, Shapes, open_split
 from gfl_jax.distributed import parallel
 from gfl_jax.errors import InputError, MissingFileError, UsageError
 from gfl_jax.interop.pretrained import load_pretrained
-from gfl_jax.models.network import Backbone, Model, Network
-from gfl_jax.models.ssd import SSDModel
+from gfl_jax.models.network import Network
 from gfl_jax.paths import PathLike, as_path, write
-from gfl_jax.priors import SSDBoxes
 from gfl_jax.run import describe, load
 from gfl_jax.systems import changed
 from gfl_jax.training.evaluator import Evaluator
@@ -75,28 +73,9 @@ def small(experiment: Experiment, num_images: int) -> Experiment:
         eval_every=0,
         seed=experiment.train.seed,
     )
-    if isinstance(experiment.model, SSDModel):
-        levels = (min(width, height) // 8).bit_length()  # down to one cell
-        ratios = ((2,), *((2, 3),) * (levels - 3), (2,), (2,))
-        strides = tuple(8 * 2**level for level in range(levels))
-        return dataclasses.replace(
-            changed(
-                experiment,
-                detector={"priors": SSDBoxes(min(width, height), ratios=ratios, strides=strides)},
-            ),
-            model=SSDModel(width=16, extra_levels=levels - 2),
-            train=train,
-        )
-    model = experiment.model
-    return dataclasses.replace(
-        experiment,
-        model=Model(
-            backbone=Backbone(depth=18, width=32, norm="bn", frozen_stages=-1),
-            neck=dataclasses.replace(model.neck, width=64),
-            head=dataclasses.replace(model.head, width=64, stacked_convs=2, norm="gn"),
-        ),
-        train=train,
-    )
+    model, detector = experiment.model.small(min(width, height))
+    experiment = dataclasses.replace(experiment, model=model, train=train)
+    return changed(experiment, detector=detector)
 
 
 def _moved(source: Any, root: str) -> Any:
