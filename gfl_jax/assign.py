@@ -1,8 +1,8 @@
-"""Which priors answer for which object."""
+"""Which priors answer for which object: one of a detector's five choices."""
 
 import dataclasses
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -10,9 +10,76 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gfl_jax.boxes import boxes_to_distances, intersection, pairwise_iou
 from gfl_jax.priors import Priors
+from gfl_jax.scores import Scores
 
 BACKGROUND, IGNORED = -1, -2
 """What a prior is matched with that answers for no object; ignored ones are not trained on."""
+
+Boxes = Float[Array, "gts 4"]
+Pairs = Bool[Array, "gts priors"]
+Ranges = tuple[tuple[float, float], ...]
+
+
+class Objects(NamedTuple):
+    """The objects of an image, padded with anything.
+
+    Attributes:
+        boxes: x1, y1, x2, y2 in pixels of the canvas.
+        mask: which of them exist.
+        labels: class indices.
+    """
+
+    boxes: Float[Array, "*b gts 4"]
+    mask: Bool[Array, "*b gts"]
+    labels: Int[Array, "*b gts"]
+
+
+class Predicted(NamedTuple):
+    """What each prior predicts now: constants, as no gradient flows through an assignment.
+
+    Attributes:
+        scores: of each class.
+        boxes: x1, y1, x2, y2 in pixels of the canvas.
+    """
+
+    scores: Scores
+    boxes: Float[Array, "*b priors 4"]
+
+
+class Assignment(NamedTuple):
+    """What each prior answers for.
+
+    Attributes:
+        matched: index of its object, or BACKGROUND or IGNORED.
+        metric: how well a positive suits its object, from 0 to 1.
+    """
+
+    matched: Int[Array, "*b priors"]
+    metric: Float[Array, "*b priors"]
+
+
+class _Geometric:
+    """An assigner that looks at priors and objects alone: all positives suit their object (1)."""
+
+    sees_predictions = False  # nothing is predicted for an assigner that does not look at it
+
+    def __call__(
+        self,
+        priors: Priors,
+        valid: Bool[Array, " priors"],
+        objects: Objects,
+        predicted: Predicted | None = None,
+    ) -> Assignment:
+        """Assign the priors of one image; those that are not `valid`, in the padding, never match.
+
+        `predicted` is for assigners that see predictions.
+        """
+        matched = self.match(priors, objects.boxes, valid & objects.mask[:, None])
+        return Assignment(matched, jnp.ones(matched.shape))
+
+    def match(self, priors: Priors, boxes: Boxes, exists: Pairs) -> Int[Array, " priors"]:
+        """`Assignment.matched`, where `exists` says which pairs are not of padding."""
+        raise NotImplementedError
 
 
 def _nearest(distance: Float[Array, "gts anchors"], k: int) -> Bool[Array, "gts anchors"]:
@@ -33,38 +100,24 @@ def _nearest(distance: Float[Array, "gts anchors"], k: int) -> Bool[Array, "gts 
 
 
 @dataclasses.dataclass(frozen=True)
-class ATSS:
+class ATSS(_Geometric):
     """Adaptive Training Sample Selection (Zhang et al., arXiv 1912.02424, algorithm 1).
 
-    topk: candidates per object and level, those with the nearest centres.
+    An object is matched by the candidates whose IoU reaches mean + std of all its candidates and
+    whose centre is inside it (by 0.01 pixel); an anchor claimed by several objects goes to the one
+    with the largest IoU.
+
+    Attributes:
+        topk: candidates per object and level, those with the nearest centres.
     """
 
     topk: int = 9
 
-    def __call__(
-        self,
-        priors: Priors,
-        valid: Bool[Array, " anchors"],
-        boxes: Float[Array, "gts 4"],
-        mask: Bool[Array, " gts"],
-    ) -> Int[Array, " anchors"]:
-        """Assign the anchors of one image.
-
-        Args:
-            priors: the anchors of the canvas.
-            valid: anchors that are not in the padding; the others are never candidates.
-            boxes: objects, x1 y1 x2 y2 in pixels, padded with anything.
-            mask: which of the objects exist.
-
-        Returns:
-            The object's index for each anchor, or BACKGROUND. An object is matched by the
-            candidates whose IoU reaches mean + std of all its candidates and whose centre is inside
-            it (by 0.01 pixel); an anchor wanted by several goes to the one with the largest IoU.
-        """
+    def match(self, priors: Priors, boxes: Boxes, exists: Pairs) -> Int[Array, " priors"]:
         iou = pairwise_iou(boxes, jnp.asarray(priors.boxes))  # gts anchors
         offset = priors.centers - 0.5 * (boxes[:, None, :2] + boxes[:, None, 2:])
         distance = jnp.sqrt((offset**2).sum(-1))
-        distance = jnp.where(valid & mask[:, None], distance, jnp.inf)
+        distance = jnp.where(exists, distance, jnp.inf)
 
         start, candidates = 0, []
         for size in priors.levels:
@@ -88,12 +141,17 @@ class ATSS:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaxIoU:
+class MaxIoU(_Geometric):
     """Assignment by overlap, of RetinaNet (arXiv 1708.02002) and SSD (arXiv 1512.02325).
 
     A prior takes the object it overlaps most if their IoU reaches `positive`; it is background
     below `negative` and not trained on in between. Then each object, in their order, takes the
-    priors of its own highest IoU, whatever it is: all of them, or (`force_first`) the first one.
+    priors of its own highest IoU, whatever it is.
+
+    Attributes:
+        positive: the IoU that makes a prior a positive.
+        negative: the IoU below which it is background.
+        force_first: whether an object takes only the first of the priors of its highest IoU.
     """
 
     positive: float = 0.5
@@ -107,56 +165,37 @@ class MaxIoU:
                 "0 <= negative <= positive <= 1"
             )
 
-    def __call__(
-        self,
-        priors: Priors,
-        valid: Bool[Array, " priors"],
-        boxes: Float[Array, "gts 4"],
-        mask: Bool[Array, " gts"],
-    ) -> Int[Array, " priors"]:
-        """Assign the priors of one image; arguments and result as for `ATSS`."""
-        exists = valid & mask[:, None]
+    def match(self, priors: Priors, boxes: Boxes, exists: Pairs) -> Int[Array, " priors"]:
         iou = jnp.where(exists, pairwise_iou(boxes, jnp.asarray(priors.boxes)), -1.0)
         best = iou.max(0)
         matched = jnp.where(best < self.negative, BACKGROUND, IGNORED)
         matched = jnp.where(best >= self.positive, jnp.argmax(iou, axis=0), matched)
         if self.force_first:
-            own = jnp.arange(iou.shape[1]) == jnp.argmax(iou, axis=1, keepdims=True)
+            closest = jnp.arange(iou.shape[1]) == jnp.argmax(iou, axis=1, keepdims=True)
         else:
-            own = iou == iou.max(1, keepdims=True)
+            closest = iou == iou.max(1, keepdims=True)
         # The last object that claims a prior gets it.
-        forced = jnp.where(own & exists, jnp.arange(len(boxes))[:, None], -1).max(0)
+        forced = jnp.where(closest & exists, jnp.arange(len(boxes))[:, None], -1).max(0)
         return jnp.where(forced >= 0, forced, matched)
 
 
 @dataclasses.dataclass(frozen=True)
-class FCOS:
+class FCOS(_Geometric):
     """Assignment by size and position (Tian et al., arXiv 1904.01355, section 3.2).
 
     A point answers for the smallest object that it lies inside of and whose farthest side is at a
     distance within the range of the point's level, both ends included.
-    ranges: of each level, in pixels.
-    center_radius: the point must lie so near the object's centre, in strides, on both axes (center
-        sampling); 0: anywhere inside.
+
+    Attributes:
+        ranges: of each level, in pixels.
+        center_radius: the point must lie so near the object's centre, in strides, on both axes
+            (center sampling); 0: anywhere inside.
     """
 
-    ranges: tuple[tuple[float, float], ...] = (
-        (-1, 64),
-        (64, 128),
-        (128, 256),
-        (256, 512),
-        (512, 1e8),
-    )
+    ranges: Ranges = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, 1e8))
     center_radius: float = 0.0
 
-    def __call__(
-        self,
-        priors: Priors,
-        valid: Bool[Array, " points"],
-        boxes: Float[Array, "gts 4"],
-        mask: Bool[Array, " gts"],
-    ) -> Int[Array, " points"]:
-        """Assign the points of one image; arguments and result as for `ATSS`."""
+    def match(self, priors: Priors, boxes: Boxes, exists: Pairs) -> Int[Array, " priors"]:
         centers = jnp.asarray(priors.centers)
         distances = boxes_to_distances(centers, boxes[:, None])  # gts points 4
         inside = distances.min(-1) > 0
@@ -169,37 +208,27 @@ class FCOS:
             inside = boxes_to_distances(centers, near).min(-1) > 0
         low, high = (priors.by_level(ends) for ends in zip(*self.ranges, strict=True))
         farthest = distances.max(-1)
-        fits = inside & (low <= farthest) & (farthest <= high) & valid & mask[:, None]
+        fits = inside & (low <= farthest) & (farthest <= high) & exists
         area = jnp.where(fits, jnp.prod(boxes[:, 2:] - boxes[:, :2], axis=1)[:, None], jnp.inf)
         return jnp.where(fits.any(0), jnp.argmin(area, axis=0), BACKGROUND)
 
 
 @dataclasses.dataclass(frozen=True)
-class FoveaBox:
+class FoveaBox(_Geometric):
     """Assignment of FoveaBox (Kong et al., arXiv 1904.03797, section 3.2), as in the reference.
 
     A level takes the objects whose sqrt(area) is within its range; each occupies the cells in the
     central `sigma` of its width and height, small objects before large ones.
-    ranges: in pixels, both ends included; they overlap.
+
+    Attributes:
+        ranges: of each level, in pixels, both ends included; they overlap.
+        sigma: share of an object's width and height whose cells it occupies.
     """
 
-    ranges: tuple[tuple[float, float], ...] = (
-        (1, 64),
-        (32, 128),
-        (64, 256),
-        (128, 512),
-        (256, 2048),
-    )
+    ranges: Ranges = ((1, 64), (32, 128), (64, 256), (128, 512), (256, 2048))
     sigma: float = 0.4
 
-    def __call__(
-        self,
-        priors: Priors,
-        valid: Bool[Array, " points"],
-        boxes: Float[Array, "gts 4"],
-        mask: Bool[Array, " gts"],
-    ) -> Int[Array, " points"]:
-        """Assign the points of one image; arguments and result as for `ATSS`."""
+    def match(self, priors: Priors, boxes: Boxes, exists: Pairs) -> Int[Array, " priors"]:
         side = jnp.sqrt(jnp.prod(boxes[:, 2:] - boxes[:, :2], axis=1))[:, None]
         low, high = (priors.by_level(ends) for ends in zip(*self.ranges, strict=True))
         last = np.repeat(np.array(priors.grids)[:, ::-1] - 1, priors.levels, axis=0)
@@ -210,7 +239,7 @@ class FoveaBox:
         first_cell = jnp.clip(jnp.ceil(corner + (1 - self.sigma) * half - 0.5), 0, last)
         last_cell = jnp.clip(jnp.floor(corner + (1 + self.sigma) * half - 0.5), 0, last)
         inside = ((first_cell <= priors.cells) & (priors.cells <= last_cell)).all(-1)
-        fits = inside & (low <= side) & (side <= high) & valid & mask[:, None]
+        fits = inside & (low <= side) & (side <= high) & exists
         size = jnp.where(fits, side, jnp.inf)
         # Of equal sizes the last one: the reference lets objects overwrite those before.
         smallest = len(boxes) - 1 - jnp.argmin(size[::-1], axis=0)
@@ -218,15 +247,3 @@ class FoveaBox:
 
 
 Assigner = ATSS | MaxIoU | FCOS | FoveaBox
-
-
-def assign_batch(
-    assigner: Assigner,
-    priors: Priors,
-    valid: Bool[Array, "b priors"],
-    boxes: Float[Array, "b gts 4"],
-    mask: Bool[Array, "b gts"],
-) -> Int[Array, "b priors"]:
-    """`assigner` over a batch; no gradient."""
-    matched = jax.vmap(lambda valid, boxes, mask: assigner(priors, valid, boxes, mask))
-    return lax.stop_gradient(matched(valid, boxes, mask))

@@ -2,7 +2,7 @@
 
 Pure functions, element by element: weighting and reduction are the caller's. Inputs of any dtype
 are taken to float32, and so is the result. Values and gradients are finite for logits of +-100 and
-for empty, inverted, identical or distant boxes.
+for empty, inverted, identical or distant boxes. Boxes are x1, y1, x2, y2 in any unit, pair by pair.
 """
 
 import jax
@@ -10,26 +10,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, Shaped
 
 from gfl_jax.boxes import EPS, aligned_iou, aligned_union, area, enclosure, sizes
+from gfl_jax.scores import Logits, as_scores, probability
 
 
-def binary_cross_entropy(
-    logits: Float[Array, "*shape"], targets: Num[Array, "*shape"]
-) -> Float[Array, "*shape"]:
+def binary_cross_entropy(logits: Logits, targets: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Cross entropy of p = sigmoid(x) and y: -((1 - y) log(1 - p) + y log(p)).
 
     Args:
-        logits: x.
+        logits: x, or p as `Scores`.
         targets: y in [0, 1].
 
     Returns:
         The float32 loss of every element.
     """
-    x, y = _float32(logits), _float32(targets)
-    return -((1 - y) * jax.nn.log_sigmoid(-x) + y * jax.nn.log_sigmoid(x))
+    (log_p, log_not_p), y = as_scores(logits), _float32(targets)
+    return -((1 - y) * log_not_p + y * log_p)
 
 
 def quality_focal_loss(
-    logits: Float[Array, "*batch classes"],
+    logits: Logits,
     targets: Float[Array, "*batch classes"],
     beta: float = 2.0,
 ) -> Float[Array, "*batch classes"]:
@@ -41,7 +40,7 @@ def quality_focal_loss(
     cross entropy.
 
     Args:
-        logits: x, with sigma = sigmoid(x) the joint score of classification and quality.
+        logits: x, or `Scores`; sigma = sigmoid(x) is the joint score of classification and quality.
         targets: y in [0, 1], a constant: the IoU of the predicted box with its object at the class
             of a positive, zero elsewhere.
         beta: how strongly well estimated scores are down-weighted, >= 0.
@@ -49,13 +48,12 @@ def quality_focal_loss(
     Returns:
         The float32 loss of every class.
     """
-    x, y = _float32(logits), jax.lax.stop_gradient(_float32(targets))
-    sigma = jax.nn.sigmoid(x)
-    return _power(jnp.abs(y - sigma), beta) * binary_cross_entropy(x, y)
+    sigma, y = probability(logits), jax.lax.stop_gradient(_float32(targets))
+    return _power(jnp.abs(y - sigma), beta) * binary_cross_entropy(logits, y)
 
 
 def sigmoid_focal_loss(
-    logits: Float[Array, "*shape"],
+    logits: Logits,
     labels: Num[Array, "*shape"],
     alpha: float = 0.25,
     gamma: float = 2.0,
@@ -68,7 +66,7 @@ def sigmoid_focal_loss(
     1 - alpha. On such labels 1 - p_t = |y - p|, so this is QFL weighted by alpha_t.
 
     Args:
-        logits: x.
+        logits: x, or p as `Scores`.
         labels: y, 0 or 1.
         alpha: weight of the labels 1.
         gamma: focusing parameter, >= 0.
@@ -82,7 +80,7 @@ def sigmoid_focal_loss(
 
 
 def varifocal_loss(
-    logits: Float[Array, "*shape"],
+    logits: Logits,
     targets: Float[Array, "*shape"],
     alpha: float = 0.75,
     gamma: float = 2.0,
@@ -93,7 +91,7 @@ def varifocal_loss(
                     -alpha p^gamma log(1 - p)             if q = 0
 
     Args:
-        logits: x, with p = sigmoid(x).
+        logits: x, with p = sigmoid(x), or p as `Scores`.
         targets: q in [0, 1], a constant: the IoU at the class of a positive, zero elsewhere.
         alpha: weight of the negatives.
         gamma: focusing parameter of the negatives, >= 0.
@@ -101,9 +99,9 @@ def varifocal_loss(
     Returns:
         The float32 loss of every element.
     """
-    x, q = _float32(logits), jax.lax.stop_gradient(_float32(targets))
-    weight = jnp.where(q > 0, q, alpha * _power(jax.nn.sigmoid(x), gamma))
-    return weight * binary_cross_entropy(x, q)
+    p, q = probability(logits), jax.lax.stop_gradient(_float32(targets))
+    weight = jnp.where(q > 0, q, alpha * _power(p, gamma))
+    return weight * binary_cross_entropy(logits, q)
 
 
 def distribution_focal_loss(
@@ -182,7 +180,7 @@ def ciou_loss(
         alpha = v / (1 - IoU + v) if IoU > 0.5, else 0
 
     v compares the aspect ratios. alpha is detached: no gradient flows through it. Its threshold is
-    that of the authors' later article (arXiv 2005.03572): shape matters once boxes overlap well.
+    that of the authors' later paper (arXiv 2005.03572): shape matters once boxes overlap well.
     """
     v = 4 / jnp.pi**2 * (_aspect_angle(target) - _aspect_angle(pred)) ** 2
     iou = aligned_iou(pred, target)

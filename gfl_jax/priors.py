@@ -18,10 +18,14 @@ PAD_MULTIPLE = 32
 class Priors(NamedTuple):
     """Anchors or points of a canvas, all levels together.
 
-    boxes: x1, y1, x2, y2 in pixels of the canvas; points are boxes without size.
-    centers: x, y in pixels.  strides: of each prior's level, in pixels.  cells: column and row in
-    the level.  grids: (height, width) of each level in cells.  per_cell: priors a cell of a level.
-    trains_padding: whether cells in the padding of the canvas are trained on, as background.
+    Attributes:
+        boxes: x1, y1, x2, y2 in pixels of the canvas; points are boxes without size.
+        centers: x, y in pixels.
+        strides: of each prior's level, in pixels.
+        cells: column and row in the level.
+        grids: (height, width) of each level in cells.
+        per_cell: priors per cell of each level.
+        trains_padding: whether cells in the padding of the canvas are trained on, as background.
     """
 
     boxes: Float[np.ndarray, "priors 4"]
@@ -54,6 +58,29 @@ class Priors(NamedTuple):
         """Priors that take part in training: the valid ones, or all where padding is background."""
         valid = self.valid(sizes)
         return valid | self.trains_padding
+
+
+def flatten(
+    levels: Sequence[Float[Array, "b _ _ _"]], per_cell: Sequence[int]
+) -> Float[Array, "b priors c"]:
+    """Maps with the channels of a cell's priors one after another, as one row per prior."""
+    rows = [
+        x.reshape(x.shape[0], x.shape[1] * x.shape[2] * n, x.shape[3] // n)
+        for x, n in zip(levels, per_cell, strict=True)
+    ]
+    return jnp.concatenate(rows, axis=1)
+
+
+class _Generator:
+    """Called with (height, width) in cells of each level, gives the `Priors` of a canvas."""
+
+    strides: tuple[int, ...]
+    sized = True  # anchors, not points
+
+    @property
+    def per_cell(self) -> tuple[int, ...]:
+        """Priors per cell of each level."""
+        return (1,) * len(self.strides)
 
 
 def _grid(
@@ -89,36 +116,39 @@ def _grid(
 
 
 @dataclasses.dataclass(frozen=True)
-class SquareAnchors:
+class SquareAnchors(_Generator):
     """One square anchor per cell, as in ATSS (Zhang et al., arXiv 1912.02424) and GFL.
 
-    scale: side in strides of the level.
-    center_offset: position of a cell's centre in strides; 0 puts it on the cell's top-left corner
-        as the reference does, 0.5 in its middle. Weights trained with one lose AP with another.
+    Attributes:
+        scale: side in strides of the level.
+        center_offset: position of a cell's centre in strides; 0 puts it on the cell's top-left
+            corner as the reference does, 0.5 in its middle. Weights trained with one lose AP with
+            another.
+        strides: of each level, in pixels.
     """
 
     scale: float = 8.0
     center_offset: float = 0.0
     strides: tuple[int, ...] = (8, 16, 32, 64, 128)
 
-    @property
-    def per_cell(self) -> tuple[int, ...]:
-        """Anchors a cell, of each level."""
-        return (1,) * len(self.strides)
-
     def __call__(self, level_sizes: Sequence[tuple[int, int]]) -> Priors:
-        """The anchors of feature maps of these (height, width)."""
         shapes = [np.full((1, 2), self.scale * stride) for stride in self.strides]
         return _grid(level_sizes, self.strides, shapes, self.center_offset)
 
 
 @dataclasses.dataclass(frozen=True)
-class RetinaAnchors:
+class RetinaAnchors(_Generator):
     """Anchors of RetinaNet (Lin et al., arXiv 1708.02002, section 4).
 
-    Each cell has one for every ratio (height / width) and octave scale, the scales fastest: area
+    Each cell has one for every ratio and octave scale, the scales fastest: area
     (octave_base * 2^(k / scales_per_octave) * stride)^2 for k = 0, 1, ...
-    center_offset: as in `SquareAnchors`.
+
+    Attributes:
+        octave_base: side of the smallest square, in strides of the level.
+        scales_per_octave: anchors of each ratio.
+        ratios: height / width.
+        center_offset: position of a cell's centre in strides, as in `SquareAnchors`.
+        strides: of each level, in pixels.
     """
 
     octave_base: float = 4.0
@@ -129,11 +159,9 @@ class RetinaAnchors:
 
     @property
     def per_cell(self) -> tuple[int, ...]:
-        """Anchors a cell, of each level."""
         return (len(self.ratios) * self.scales_per_octave,) * len(self.strides)
 
     def __call__(self, level_sizes: Sequence[tuple[int, int]]) -> Priors:
-        """The anchors of feature maps of these (height, width)."""
         octaves = 2.0 ** (np.arange(self.scales_per_octave) / self.scales_per_octave)
         scales = (self.octave_base * octaves).astype(np.float32)
         root = np.sqrt(np.asarray(self.ratios, np.float32))[:, None]
@@ -145,13 +173,20 @@ class RetinaAnchors:
 
 
 @dataclasses.dataclass(frozen=True)
-class SSDBoxes:
+class SSDBoxes(_Generator):
     """Default boxes of SSD (Liu et al., arXiv 1512.02325, section 2.2), in the middle of each cell.
 
     A cell of level k has, in this order, a square of side s_k, one of side sqrt(s_k s_k+1), and for
-    each r of ratios[k] boxes of area s_k^2 and height / width 1/r and r. The sides grow from
-    `first` of the input size over equal steps between `smallest` and `largest`, rounded down to
-    whole percents and pixels as in the authors' code.
+    each r of ratios[k] boxes of area s_k^2 and height / width 1/r and r. The sides grow in equal
+    steps, rounded down to whole percents and pixels as in the authors' code.
+
+    Attributes:
+        input_size: side of the canvas in pixels.
+        first: s_0 as a share of the input size.
+        smallest: s_1 as a share of the input size.
+        largest: side of the last level as a share of the input size.
+        ratios: of each level, see above.
+        strides: of each level, in pixels.
     """
 
     input_size: int = 512
@@ -170,7 +205,6 @@ class SSDBoxes:
 
     @property
     def per_cell(self) -> tuple[int, ...]:
-        """Boxes a cell, of each level."""
         return tuple(2 + 2 * len(ratios) for ratios in self.ratios)
 
     @property
@@ -182,7 +216,6 @@ class SSDBoxes:
         return tuple(int(self.input_size * percent / 100) for percent in percents)
 
     def __call__(self, level_sizes: Sequence[tuple[int, int]]) -> Priors:
-        """The boxes of feature maps of these (height, width)."""
         shapes = []
         for side, following, ratios in zip(self.sides, self.sides[1:], self.ratios, strict=False):
             tall = np.array([1 / r if i else r for r in ratios for i in (1, 0)])  # height / width
@@ -194,23 +227,21 @@ class SSDBoxes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Points:
+class Points(_Generator):
     """The middle of each cell, as in FCOS (Tian et al., arXiv 1904.01355) and FoveaBox.
 
-    trains_padding: cells in the padding of the canvas are background, as in the reference, instead
-        of not being trained on.
+    Attributes:
+        strides: of each level, in pixels.
+        trains_padding: whether cells in the padding of the canvas are background, as in the
+            reference, instead of not being trained on.
     """
 
     strides: tuple[int, ...] = (8, 16, 32, 64, 128)
     trains_padding: bool = True
 
-    @property
-    def per_cell(self) -> tuple[int, ...]:
-        """Points a cell, of each level."""
-        return (1,) * len(self.strides)
+    sized = False
 
     def __call__(self, level_sizes: Sequence[tuple[int, int]]) -> Priors:
-        """The points of feature maps of these (height, width)."""
         shapes = [np.zeros((1, 2))] * len(self.strides)
         return _grid(level_sizes, self.strides, shapes, 0.5, self.trains_padding)
 

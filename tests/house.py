@@ -17,7 +17,13 @@ ROOT = Path(__file__).parents[1]
 
 ROOMS = {
     "errors": ["gfl_jax.errors", "gfl_jax.paths"],
-    "geometry and losses": ["gfl_jax.boxes", "gfl_jax.priors", "gfl_jax.assign", "gfl_jax.losses"],
+    "geometry and losses": [
+        "gfl_jax.boxes",
+        "gfl_jax.priors",
+        "gfl_jax.scores",
+        "gfl_jax.assign",
+        "gfl_jax.losses",
+    ],
     "devices": ["gfl_jax.distributed"],
     "data": ["gfl_jax.data"],
     "models": ["gfl_jax.models"],
@@ -57,6 +63,7 @@ NOT_OPENED = {
     "gfl_jax.data.shapes": "another data set: synthetic images",
     "gfl_jax.data.ssd_augment": "SSD's augmentation",
     "gfl_jax.detectors.custom": "losses from a user's file",
+    "gfl_jax.detectors.dirac": "the boxes of the other detectors",
     "gfl_jax.interop": "weights of PyTorch files",
     "gfl_jax.models.ssd": "SSD's network",
     "gfl_jax.systems": "the other detectors",

@@ -3,8 +3,6 @@
 import house
 
 STILL_TOO_LONG = {
-    "gfl_jax.detectors.box",
-    "gfl_jax.detectors.dense",
     "gfl_jax.distributed",
     "gfl_jax.training.loop",
 }

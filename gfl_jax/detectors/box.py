@@ -5,136 +5,29 @@ anchors are in strides of the prior's level here, where objects of all levels lo
 """
 
 import dataclasses
-import math
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from gfl_jax import losses
 from gfl_jax.boxes import boxes_to_distances, distances_to_boxes
-from gfl_jax.detectors.custom import custom_function
-from gfl_jax.priors import Priors
-
-
-class Frame(NamedTuple):
-    """Priors in strides of their level: centres, boxes, and the stride itself in pixels."""
-
-    centers: Float[Array, "*priors 2"]
-    boxes: Float[Array, "*priors 4"]
-    strides: Float[Array, " *priors"]
-
-
-def frame_of(priors: Priors) -> Frame:
-    """The priors of a canvas as representations see them."""
-    strides = priors.strides[:, None]
-    arrays = priors.centers / strides, priors.boxes / strides, priors.strides
-    return Frame(*map(jnp.asarray, arrays))
+from gfl_jax.detectors.custom import BuiltIn, Custom
+from gfl_jax.detectors.dirac import Deltas, Distances, LogDistances
+from gfl_jax.detectors.matching import Frame
 
 
 class Regression(NamedTuple):
-    """A box and the numbers that the representation describes it by."""
+    """A box and the numbers that the representation describes it by.
+
+    Attributes:
+        boxes: x1, y1, x2, y2 in strides.
+        parameters: see `encode` of the representation.
+    """
 
     boxes: Float[Array, "*priors 4"]
     parameters: Float[Array, "*priors 4"]
-
-
-class _Dirac:
-    """Four numbers and nothing about their certainty."""
-
-    channels = 4
-
-    def extra_losses(
-        self, raw: Float[Array, "*priors 4"], boxes: Float[Array, "*priors 4"], frame: Frame
-    ) -> dict[str, Float[Array, " *priors"]]:
-        """None."""
-        return {}
-
-
-@dataclasses.dataclass(frozen=True)
-class Distances(_Dirac):
-    """A number for each side, its distance from the prior's centre: a Dirac delta (FCOS).
-
-    activation: makes the output a distance: exp (FCOS), or relu (its improved form).
-    unit: of that distance.
-    """
-
-    activation: Literal["exp", "relu"] = "relu"
-    unit: Literal["strides", "pixels"] = "strides"
-
-    def parameters(self, raw: Float[Array, "*priors 4"]) -> Float[Array, "*priors 4"]:
-        """Distances (left, top, right, bottom) in `unit`."""
-        return _exp(raw) if self.activation == "exp" else jax.nn.relu(raw)
-
-    def decode(self, raw: Float[Array, "*priors 4"], frame: Frame) -> Float[Array, "*priors 4"]:
-        """Boxes in strides."""
-        return distances_to_boxes(frame.centers, self.parameters(raw) / self._unit(frame))
-
-    def encode(self, boxes: Float[Array, "*priors 4"], frame: Frame) -> Float[Array, "*priors 4"]:
-        """The parameters of these boxes."""
-        return boxes_to_distances(frame.centers, boxes) * self._unit(frame)
-
-    def _unit(self, frame: Frame) -> Float[Array, "*priors 1"] | float:
-        return frame.strides[..., None] if self.unit == "pixels" else 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class LogDistances(_Dirac):
-    """The logarithm of each side's distance (FoveaBox, arXiv 1904.03797, equation 3).
-
-    base: distance of the parameter 0, in strides.
-    limit: targets lie within base / limit and base * limit.
-    """
-
-    base: float = 2.0
-    limit: float = 16.0
-
-    def parameters(self, raw: Float[Array, "*priors 4"]) -> Float[Array, "*priors 4"]:
-        """The output itself."""
-        return raw
-
-    def decode(self, raw: Float[Array, "*priors 4"], frame: Frame) -> Float[Array, "*priors 4"]:
-        """Boxes in strides."""
-        return distances_to_boxes(frame.centers, self.base * _exp(raw))
-
-    def encode(self, boxes: Float[Array, "*priors 4"], frame: Frame) -> Float[Array, "*priors 4"]:
-        """The parameters of these boxes."""
-        distances = boxes_to_distances(frame.centers, boxes) / self.base
-        return jnp.log(jnp.clip(distances, 1 / self.limit, self.limit))
-
-
-@dataclasses.dataclass(frozen=True)
-class Deltas(_Dirac):
-    """Shift and growth of an anchor (R-CNN, arXiv 1311.2524, appendix C): another Dirac delta.
-
-    (dx, dy) = shift of the centre / size of the anchor, (dw, dh) = log(size / size of the anchor).
-    stds: what these four are divided by.
-    """
-
-    stds: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2)
-
-    def parameters(self, raw: Float[Array, "*priors 4"]) -> Float[Array, "*priors 4"]:
-        """The output itself: (dx, dy, dw, dh) / stds."""
-        return raw
-
-    def decode(self, raw: Float[Array, "*priors 4"], frame: Frame) -> Float[Array, "*priors 4"]:
-        """Boxes in strides, between 16/1000 and 1000/16 times as wide and high as the anchor."""
-        deltas = raw * np.array(self.stds, np.float32)
-        center, size = _center_and_size(frame.boxes)
-        limit = math.log(1000 / 16)
-        center = center + deltas[..., :2] * size
-        half = 0.5 * size * jnp.exp(jnp.clip(deltas[..., 2:], -limit, limit))
-        return jnp.concatenate([center - half, center + half], axis=-1)
-
-    def encode(self, boxes: Float[Array, "*priors 4"], frame: Frame) -> Float[Array, "*priors 4"]:
-        """The parameters of these boxes, which have a size."""
-        center, size = _center_and_size(frame.boxes)
-        box_center, box_size = _center_and_size(boxes)
-        growth = jnp.log(jnp.maximum(box_size, 1e-6) / size)
-        deltas = jnp.concatenate([(box_center - center) / size, growth], axis=-1)
-        return deltas / np.array(self.stds, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +36,15 @@ class Gaussian:
 
     Trained by the negative log-likelihood (He et al., arXiv 1809.08545; table 5 of the paper); the
     mean is the box. In strides.
-    limit: the log-variance stays within -limit and limit.
+
+    Attributes:
+        limit: the log-variance stays within -limit and limit.
     """
 
     limit: float = 7.0
 
     channels = 8
+    needs_anchors = False
 
     def parameters(self, raw: Float[Array, "*priors 8"]) -> Float[Array, "*priors 4"]:
         """The means."""
@@ -180,11 +76,15 @@ class Gaussian:
 class GeneralDistribution:
     """Box representation of GFL, section 3.2: each side is a distribution over n + 1 bins.
 
-    n: last bin.  delta: bin width, in strides of the level.
+    Attributes:
+        n: last bin.
+        delta: bin width, in strides of the level.
     """
 
     n: int = 16
     delta: float = 1.0
+
+    needs_anchors = False
 
     def __post_init__(self):
         if self.n < 1 or self.delta <= 0:
@@ -241,8 +141,12 @@ BoxRepresentation = GeneralDistribution | Distances | LogDistances | Deltas | Ga
 
 
 @dataclasses.dataclass(frozen=True)
-class Overlap:
-    """A loss of the overlap between box and object; see `gfl_jax.losses`."""
+class Overlap(BuiltIn):
+    """A loss of the overlap between box and object; see `gfl_jax.losses`.
+
+    Attributes:
+        loss: which one.
+    """
 
     loss: Literal["giou", "iou", "diou", "ciou"] = "giou"
 
@@ -257,51 +161,39 @@ class Overlap:
 
 
 @dataclasses.dataclass(frozen=True)
-class SmoothL1:
-    """Smooth L1 loss of the parameters, summed over the four; beta 0 is L1."""
+class SmoothL1(BuiltIn):
+    """Smooth L1 loss of the parameters, summed over the four.
+
+    Attributes:
+        beta: difference at which the parabola ends, in units of the parameters; 0 is L1.
+    """
 
     beta: float = 0.0
 
     def __call__(self, predicted: Regression, target: Regression) -> Float[Array, " *priors"]:
-        found, wanted = predicted.parameters, jax.lax.stop_gradient(target.parameters)
+        pred, labels = predicted.parameters, jax.lax.stop_gradient(target.parameters)
         if self.beta == 0:
-            return losses.l1_loss(found, wanted).sum(-1)
-        return losses.smooth_l1_loss(found, wanted, self.beta).sum(-1)
+            return losses.l1_loss(pred, labels).sum(-1)
+        return losses.smooth_l1_loss(pred, labels, self.beta).sum(-1)
 
 
 @dataclasses.dataclass(frozen=True)
-class CustomBoxLoss:
-    """A loss of your own: `function(predicted, target)`, boxes [..., 4] in strides to losses [...].
+class CustomBoxLoss(Custom):
+    """A custom loss: `function(predicted, target)`, boxes [..., 4] in strides to losses [...].
 
-    function: 'path/to/file.py:name' or 'package.module:name'. Negatives come too, with finite
-    boxes, and their losses are multiplied by zero: values and gradients must be finite.
+    Negatives are passed too, with finite boxes, and their losses are multiplied by zero: values and
+    gradients must be finite.
+
+    Attributes:
+        function: 'path/to/file.py:name' or 'package.module:name'.
     """
 
     function: str = ""
 
-    def __post_init__(self):
-        custom_function(self.function, "detector.box_loss.function")
+    field = "detector.box_loss.function"
 
     def __call__(self, predicted: Regression, target: Regression) -> Float[Array, " *priors"]:
-        function = custom_function(self.function, "detector.box_loss.function")
-        loss = jnp.asarray(function(predicted.boxes, target.boxes), jnp.float32)
-        if loss.shape != predicted.boxes.shape[:-1]:
-            raise ValueError(
-                f"{self.function} returned shape {loss.shape} for boxes of shape "
-                f"{predicted.boxes.shape}; it must be {predicted.boxes.shape[:-1]}"
-            )
-        return loss
+        return self.call(predicted.boxes, target.boxes, shape=predicted.boxes.shape[:-1])
 
 
 BoxLoss = Overlap | SmoothL1 | CustomBoxLoss
-
-
-def _exp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """e^x, x no larger than 40: areas of such boxes are finite in float32, and so are losses."""
-    return jnp.exp(jnp.minimum(x, 40.0))
-
-
-def _center_and_size(
-    boxes: Float[Array, "*n 4"],
-) -> tuple[Float[Array, "*n 2"], Float[Array, "*n 2"]]:
-    return 0.5 * (boxes[..., :2] + boxes[..., 2:]), boxes[..., 2:] - boxes[..., :2]

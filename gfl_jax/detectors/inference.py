@@ -1,36 +1,35 @@
-"""From scores to a fixed number of detections: top-k and class-wise NMS, all under jit."""
+"""From a head's outputs to a fixed number of detections: top-k and class-wise NMS, under jit."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-
-class Detections(NamedTuple):
-    """Detections by descending score, padded to `max_per_image`.
-
-    boxes: x1, y1, x2, y2 in pixels.  scores: 0 where padded.  labels: class indices.
-    mask: which of them exist.
-    """
-
-    boxes: Float[Array, "*b detections 4"]
-    scores: Float[Array, "*b detections"]
-    labels: Int[Array, "*b detections"]
-    mask: Bool[Array, "*b detections"]
+from gfl_jax.detectors.box import BoxRepresentation
+from gfl_jax.detectors.classification import Classification
+from gfl_jax.detectors.matching import frame_of
+from gfl_jax.models.heads import Outputs
+from gfl_jax.priors import Priors, flatten
 
 
 @dataclasses.dataclass(frozen=True)
 class Inference:
-    """score_threshold: pairs whose class score is at or below it are dropped.
+    """How detections are chosen.
 
-    nms_pre: pairs kept of each level.
-    nms_iou: overlap above which the lower score of a class goes.  max_per_image: detections kept.
-    padding_predicts: whether cells in the padding count. Without them detections do not depend on
-    the canvas; the reference has them where a batch mixes image sizes.
-    clip_margin: boxes end this many pixels before the image's right and bottom border: 1 in
-    FoveaBox, 0 elsewhere.  drop_empty: whether boxes without area are dropped.
+    Attributes:
+        score_threshold: (prior, class) pairs whose class score is at or below it are dropped.
+        nms_pre: pairs kept of each level.
+        nms_iou: overlap above which the lower score of a class goes.
+        max_per_image: detections kept.
+        padding_predicts: whether cells in the padding count. Without them detections do not depend
+            on the canvas; the reference has them where a batch mixes image sizes.
+        clip_margin: boxes end this many pixels before the image's right and bottom border: 1 in
+            FoveaBox, 0 elsewhere.
+        drop_empty: whether boxes without area are dropped.
     """
 
     score_threshold: float = 0.05
@@ -40,6 +39,81 @@ class Inference:
     padding_predicts: bool = False
     clip_margin: int = 0
     drop_empty: bool = True
+
+
+class Candidates(NamedTuple):
+    """What NMS chooses from.
+
+    Attributes:
+        boxes: x1, y1, x2, y2 in pixels of the canvas.
+        scores: 0 where below the threshold.
+        labels: class indices.
+        priors: index of the prior that predicts each.
+    """
+
+    boxes: Float[Array, "*b n 4"]
+    scores: Float[Array, "*b n"]
+    labels: Int[Array, "*b n"]
+    priors: Int[Array, "*b n"]
+
+
+class Detections(NamedTuple):
+    """Detections by descending score, padded to `max_per_image`.
+
+    Attributes:
+        boxes: x1, y1, x2, y2 in pixels.
+        scores: 0 where padded.
+        labels: class indices.
+        mask: which of them exist.
+    """
+
+    boxes: Float[Array, "*b detections 4"]
+    scores: Float[Array, "*b detections"]
+    labels: Int[Array, "*b detections"]
+    mask: Bool[Array, "*b detections"]
+
+
+def candidates(
+    outputs: Outputs,
+    sizes: Int[Array, "b 2"],
+    priors: Priors,
+    box: BoxRepresentation,
+    classification: Classification,
+    inference: Inference,
+) -> Candidates:
+    """Boxes (clipped to the image, canvas pixels), scores and labels before NMS.
+
+    Of each level the best `nms_pre` (prior, class) pairs. The threshold is on the class's score,
+    which a quality branch multiplies afterwards; the score of those below is 0.
+    """
+    ends = np.cumsum(priors.levels).tolist()
+    all_levels = frame_of(priors)
+
+    def one_image(cls_logits, raw, quality_logits, valid, size):
+        start, levels = 0, []
+        for level, end in enumerate(ends):
+            frame = jax.tree.map(lambda x, part=slice(start, end): x[part], all_levels)
+            scores = classification.scores(cls_logits[level])
+            if not inference.padding_predicts:
+                scores *= valid[start:end, None]
+            score, index, label = top_pairs(scores, inference.nms_pre)
+            chosen = jax.tree.map(lambda x, index=index: x[index], frame)
+            boxes = box.decode(raw[level][index], chosen) * chosen.strides[:, None]
+            enters = score > inference.score_threshold
+            if quality_logits:
+                score *= jax.nn.sigmoid(quality_logits[level][index, 0])
+            levels.append((boxes, jnp.where(enters, score, 0), label, start + index))
+            start = end
+        boxes, scores, labels, index = map(jnp.concatenate, zip(*levels, strict=True))
+        limit = jnp.tile(size[::-1], 2).astype(boxes.dtype) - inference.clip_margin
+        return Candidates(jnp.clip(boxes, 0.0, limit), scores, labels, index)
+
+    parts = [
+        [flatten([x], [n]) for x, n in zip(part, priors.per_cell, strict=bool(part))]
+        for part in outputs
+    ]
+    over_images: Any = jax.vmap(one_image)
+    return over_images(*parts, priors.valid(sizes), sizes)
 
 
 def top_pairs(

@@ -41,7 +41,7 @@ FIXED: dict[str, dict[str, tuple]] = {
         "detector.assigner": ("ATSS",),
         "detector.box": ("GeneralDistribution",),
         "detector.box.delta": (1,),
-        "detector.quality": ({"kind": "JointQuality", "weighting": "predicted"},),
+        "detector.quality": ({"kind": "JointQuality", "weighting": "predicted", "measure": "iou"},),
         "detector.classification": ("QualityFocal",),
     },
     "ATSSHead": {

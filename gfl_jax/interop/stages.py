@@ -9,8 +9,8 @@ import numpy as np
 
 from gfl_jax.assign import IGNORED
 from gfl_jax.data.batch import Batch
-from gfl_jax.detectors.box import frame_of
 from gfl_jax.detectors.dense import Detector
+from gfl_jax.detectors.matching import frame_of
 from gfl_jax.detectors.quality import centerness
 from gfl_jax.interop.names import to_torch, torch_name
 from gfl_jax.models.network import Arrays, Network, Variables
@@ -45,7 +45,7 @@ def stages(network: Network, detector: Detector, variables: Variables, batch: Ba
         pyramid = module.neck(backbone)
         outputs = module.bbox_head(pyramid)
         priors = detector.priors_of(outputs)
-        trained, matched = detector.assign(priors, batch)
+        trained, matched = detector.match(outputs, batch)[:2]
         frame = frame_of(priors)
         index = jnp.maximum(matched, 0)[..., None]
         target = jnp.take_along_axis(batch.boxes, index, axis=1)

@@ -19,8 +19,9 @@ from gfl_jax.data.batch import Batch
 from gfl_jax.data.pipeline import batches
 from gfl_jax.data.plan import eval_plan
 from gfl_jax.data.records import PreparedSplit
-from gfl_jax.detectors.dense import Detector, flatten
+from gfl_jax.detectors.dense import Detector
 from gfl_jax.models.network import Network, Variables
+from gfl_jax.priors import flatten
 from gfl_jax.run import Run
 
 

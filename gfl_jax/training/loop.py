@@ -100,6 +100,7 @@ def fit(
             f"training has the categories {train_split.category_names}, evaluation has "
             f"{val_split.category_names}: both annotation files must list the same"
         )
+    detector.resolve()
     first, workdir = is_first(), as_path(workdir)
     if train.batch_size % (devices.count * train.accumulate):
         raise ValueError(

@@ -17,8 +17,8 @@ from gfl_jax.detectors.box import (
     Overlap,
     Regression,
     SmoothL1,
-    frame_of,
 )
+from gfl_jax.detectors.matching import frame_of
 from gfl_jax.priors import Points, RetinaAnchors, SquareAnchors
 
 LEVELS = ((3, 4), (2, 2), (1, 1))
@@ -323,7 +323,7 @@ def test_smooth_l1_trains_the_prediction_alone(beta):
     assert not to_wanted.any()
 
 
-OWN = """
+CUSTOM = """
 from gfl_jax.boxes import aligned_iou
 
 def cubed(predicted, target):
@@ -341,29 +341,29 @@ def whole(predicted, target):
 
 
 @pytest.fixture
-def own_file(tmp_path):
-    file = tmp_path / "own.py"
-    file.write_text(OWN)
+def custom_file(tmp_path):
+    file = tmp_path / "custom.py"
+    file.write_text(CUSTOM)
     return file
 
 
-def test_an_own_box_loss_is_called_with_boxes(own_file):
-    found = CustomBoxLoss(f"{own_file}:cubed")(regression(A, FAR), regression(B, FAR))
+def test_a_custom_box_loss_is_called_with_boxes(custom_file):
+    found = CustomBoxLoss(f"{custom_file}:cubed")(regression(A, FAR), regression(B, FAR))
     np.testing.assert_allclose(found, [1 - 0.75**3], rtol=1e-5)
-    found = CustomBoxLoss(f"{own_file}:whole")(regression(A), regression(B))
+    found = CustomBoxLoss(f"{custom_file}:whole")(regression(A), regression(B))
     assert found.dtype == jnp.float32
     assert found.tolist() == [1.0]
 
 
 @pytest.mark.parametrize("function", ["total", "by_side"])
-def test_an_own_box_loss_of_a_wrong_shape_is_named(own_file, function):
-    loss = CustomBoxLoss(f"{own_file}:{function}")
-    with pytest.raises(ValueError, match=rf"own.py:{function} returned shape .*must be \(1,\)"):
+def test_a_custom_box_loss_of_a_wrong_shape_is_named(custom_file, function):
+    loss = CustomBoxLoss(f"{custom_file}:{function}")
+    with pytest.raises(ValueError, match=rf"custom.py:{function} returned shape .*must be \(1,\)"):
         loss(regression(A), regression(B))
 
 
-def test_an_own_box_loss_is_looked_for_at_once(own_file):
+def test_a_custom_box_loss_is_looked_up_when_it_is_resolved(custom_file):
     with pytest.raises(ValueError, match=r"detector\.box_loss\.function .* has no function other"):
-        CustomBoxLoss(f"{own_file}:other")
+        CustomBoxLoss(f"{custom_file}:other").resolve()
     with pytest.raises(ValueError, match=r"detector\.box_loss\.function is ''"):
-        CustomBoxLoss()
+        CustomBoxLoss().resolve()

@@ -1,4 +1,4 @@
-"""Scores, hard negative mining against a plain computation, and losses of the user's own."""
+"""Scores, hard negative mining against a plain computation, and custom losses."""
 
 import dataclasses
 import functools
@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from gfl_jax import systems
 from gfl_jax.detectors.classification import (
@@ -91,6 +94,23 @@ def test_negatives_are_the_hardest_three_for_each_positive_of_the_image(ratio):
     assert negatives.tolist() == ([0, 3, 15, 30] if ratio == 3 else [0, 1, 5, 30])
 
 
+@settings(max_examples=60)
+@given(data=st.data())
+def test_mining_counts_what_ranks_by_two_sorts_count(data):
+    """Few different losses: nearly all negatives are as hard as others."""
+    shape = 2, 25
+    loss = data.draw(arrays(np.float32, shape, elements=st.sampled_from([0, -0.0, 0.5, 1, 7])))
+    positive, usable = (data.draw(arrays(bool, shape)) for _ in range(2))
+    ratio = data.draw(st.sampled_from([0.0, 0.3, 1.0, 1.5, 3.0]))
+    trained = usable | positive
+    negative = trained & ~positive
+    hardness = jnp.where(negative, loss, -jnp.inf)
+    rank = jnp.argsort(jnp.argsort(-hardness, axis=1), axis=1)
+    expected = positive | (negative & (rank < ratio * positive.sum(1, keepdims=True)))
+    found = SoftmaxMining(ratio).counted(loss, positive, trained)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_mining_takes_the_first_of_equally_hard_ones():
     loss, positive = np.zeros((1, 10), np.float32), np.arange(10)[None] == 4
     found = SoftmaxMining().counted(loss, positive, np.ones((1, 10), bool))
@@ -155,7 +175,7 @@ def _classified(detector, outputs, batch):
         return losses.terms["loss_cls"], losses.per_image["loss_cls"]
 
     gradient, per_image = jax.grad(total, has_aux=True)(outputs)
-    return per_image, gradient, detector.assign(detector.priors_of(outputs), batch)
+    return per_image, gradient, detector.match(outputs, batch)[:2]
 
 
 def classified(detector, outputs, batch):
@@ -195,9 +215,9 @@ def test_ssd_is_guided_by_quality_too(batch):
     assert np.ptp(ratio) > 0.1
 
 
-# Losses of one's own.
+# Custom losses.
 
-OWN = """
+CUSTOM = """
 from gfl_jax.losses import sigmoid_focal_loss
 
 CONSTANT = 3
@@ -223,53 +243,55 @@ def _hidden(logits, targets):
 
 
 @pytest.fixture
-def own_file(tmp_path):
-    file = tmp_path / "own.py"
-    file.write_text(OWN)
+def custom_file(tmp_path):
+    file = tmp_path / "custom.py"
+    file.write_text(CUSTOM)
     return file
 
 
-def test_an_own_loss_is_called_with_logits_and_targets(own_file, batch):
+def test_a_custom_loss_is_called_with_logits_and_targets(custom_file, batch):
     """As built-in ones are: the same detector with RetinaNet's focal loss by another name."""
     focal = dataclasses.replace(SSD, classification=Focal(), quality=NoQuality())
-    own = CustomClassification(f"{own_file}:focal")
-    assert own.channels(CLASSES) == CLASSES
+    custom = CustomClassification(f"{custom_file}:focal")
+    assert custom.channels(CLASSES) == CLASSES
     outputs = random_outputs(focal)
     expected = classified(focal, outputs, batch)
     assert expected[0][0] > 0
-    found = classified(dataclasses.replace(focal, classification=own), outputs, batch)
+    found = classified(dataclasses.replace(focal, classification=custom), outputs, batch)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_an_own_loss_takes_targets_as_constants_and_becomes_float32(own_file):
+def test_a_custom_loss_takes_targets_as_constants_and_becomes_float32(custom_file):
     logits, targets = np.float32([[1, 2, 3]]), np.float32([[0, 0.5, 0]])
-    product = CustomClassification(f"{own_file}:product")
+    product = CustomClassification(f"{custom_file}:product")
     slopes = jax.grad(lambda *a: product(*a).sum(), (0, 1))(logits, targets)
     np.testing.assert_array_equal(slopes[0], targets)
     assert not slopes[1].any()
-    found = CustomClassification(f"{own_file}:negatives_in_half")(logits, targets)
+    found = CustomClassification(f"{custom_file}:negatives_in_half")(logits, targets)
     assert found.dtype == jnp.float32
     assert found.tolist() == [[1, 0, 3]]
 
 
-def test_own_losses_go_with_joint_quality(own_file):
-    Detector(classification=CustomClassification(f"{own_file}:focal"))
+def test_custom_losses_go_with_joint_quality(custom_file):
+    Detector(classification=CustomClassification(f"{custom_file}:focal"))
 
 
 @pytest.mark.parametrize(("name", "shape"), [("total", r"\(\)"), ("by_prior", r"\(2, 5\)")])
-def test_an_own_loss_of_a_wrong_shape_is_named(own_file, name, shape):
+def test_a_custom_loss_of_a_wrong_shape_is_named(custom_file, name, shape):
     logits = np.zeros((2, 5, CLASSES), np.float32)
-    with pytest.raises(ValueError, match=rf"own\.py:{name} returned shape {shape} .*\(2, 5, 3\)"):
-        CustomClassification(f"{own_file}:{name}")(logits, logits)
+    with pytest.raises(
+        ValueError, match=rf"custom\.py:{name} returned shape {shape} .*\(2, 5, 3\)"
+    ):
+        CustomClassification(f"{custom_file}:{name}")(logits, logits)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("", "is ''; write 'path/to/file.py:function'"),
-        ("own.py", "is 'own.py'; write"),
+        ("custom.py", "is 'custom.py'; write"),
         (":focal", "is ':focal'; write"),
-        ("own.py:", "is 'own.py:'; write"),
+        ("custom.py:", "is 'custom.py:'; write"),
         ("no.such.module:focal", "names 'no.such.module:focal': No module named 'no'"),
         ("gfl_jax.losses:no_loss", ".* has no function no_loss; it has .*giou_loss"),
         ("math:pi", ".* has no function pi; it has .*sqrt"),
@@ -277,34 +299,38 @@ def test_an_own_loss_of_a_wrong_shape_is_named(own_file, name, shape):
 )
 def test_what_names_no_function_is_an_error_that_says_so(name, message):
     with pytest.raises(ValueError, match=rf"detector\.classification\.function {message}"):
-        CustomClassification(name)
+        CustomClassification(name).resolve()
 
 
-def test_what_a_file_has_instead_is_listed(own_file):
+def test_what_a_file_has_instead_is_listed(custom_file):
     for name in ("CONSTANT", "other"):
         with pytest.raises(ValueError, match=f"no function {name}; it has .*by_prior") as error:
-            custom_function(f"{own_file}:{name}", "here")
+            custom_function(f"{custom_file}:{name}", "here")
         assert "_hidden" not in str(error.value)
 
 
 def test_an_absent_file_is_named_with_its_place(tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"there is no file {tmp_path / 'none.py'}"):
-        CustomClassification(f"{tmp_path / 'none.py'}:focal")
+        CustomClassification(f"{tmp_path / 'none.py'}:focal").resolve()
 
 
-def test_a_path_is_relative_to_where_the_program_was_started(own_file, monkeypatch):
-    monkeypatch.chdir(own_file.parent)
-    assert custom_function("own.py:product", "here")(2, 3) == 6
-    assert custom_function("./own.py:product", "here")(2, 3) == 6
+def test_a_path_is_relative_to_where_the_program_was_started(custom_file, monkeypatch):
+    monkeypatch.chdir(custom_file.parent)
+    assert custom_function("custom.py:product", "here")(2, 3) == 6
+    assert custom_function("./custom.py:product", "here")(2, 3) == 6
     assert custom_function("gfl_jax.losses:giou_loss", "here").__name__ == "giou_loss"
 
 
-def test_a_file_is_executed_once_for_each_function(own_file):
-    first, again = (custom_function(f"{own_file}:product", "here") for _ in range(2))
-    assert first is again
+def test_a_file_is_executed_once(custom_file):
+    custom_file.write_text(CUSTOM + "\nloaded = []\ndef load(*_):\n    return loaded\n")
+    product, load = (
+        custom_function(f"{custom_file}:{name}", "here") for name in ("product", "load")
+    )
+    assert custom_function(f"{custom_file}:product", "here") is product
+    assert load() is product.__globals__["loaded"]
 
 
-def test_an_error_in_an_own_file_is_its_own(tmp_path):
+def test_an_error_in_a_custom_file_is_its_own(tmp_path):
     (tmp_path / "broken.py").write_text("def f(:\n")
     with pytest.raises(SyntaxError):
         custom_function(f"{tmp_path / 'broken.py'}:f", "here")

@@ -1,4 +1,4 @@
-"""Losses in a user's own file: the example, and what happens when something is wrong with it."""
+"""Custom losses: the example, when their file is executed, and what is wrong with a name."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ from gfl_jax.models.heads import Outputs
 from gfl_jax.systems import changed
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "gfl_r18_custom_losses.py"
-OWN = """
+CUSTOM = """
 import jax.numpy as jnp
 
 def zero(logits, targets):
@@ -37,9 +37,9 @@ constant = 3
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    file = tmp_path_factory.mktemp("own") / "my_losses.py"
-    file.write_text(OWN)
+def custom(tmp_path_factory):
+    file = tmp_path_factory.mktemp("custom") / "my_losses.py"
+    file.write_text(CUSTOM)
     return str(file)
 
 
@@ -93,12 +93,12 @@ def test_the_examples_functions_meet_known_losses_at_their_limits():
     np.testing.assert_allclose(alpha(boxes, shifted), 1 - 1 / 27, rtol=1e-6)
 
 
-def test_own_losses_are_weighted_and_reduced_as_the_projects_own(own, make_batch):
+def test_custom_losses_are_weighted_and_reduced_as_built_in_ones(custom, make_batch):
     detector = changed(
         Experiment(),
         detector={
-            "classification": CustomClassification(f"{own}:zero"),
-            "box_loss": CustomBoxLoss(f"{own}:ones"),
+            "classification": CustomClassification(f"{custom}:zero"),
+            "box_loss": CustomBoxLoss(f"{custom}:ones"),
             "quality": dataclasses.replace(Experiment().detector.quality, weighting="iou"),
         },
     ).detector
@@ -112,28 +112,84 @@ def test_own_losses_are_weighted_and_reduced_as_the_projects_own(own, make_batch
     ("name", "error", "match"),
     [
         ("nowhere.py:loss", FileNotFoundError, "nowhere.py"),
-        ("{own}:absent", ValueError, "no function absent; it has zero, ones, reduced, faulty"),
-        ("{own}:constant", ValueError, "no function constant"),
+        ("{custom}:absent", ValueError, "no function absent; it has zero, ones, reduced, faulty"),
+        ("{custom}:constant", ValueError, "no function constant"),
         ("no_colon", ValueError, "path/to/file.py:function"),
         ("", ValueError, "path/to/file.py:function"),
         ("no_such_package:loss", ValueError, "no_such_package"),
     ],
 )
-def test_a_name_that_leads_nowhere_stops_at_once(own, name, error, match):
+def test_a_name_that_leads_nowhere_is_refused_with_its_field(custom, name, error, match):
     for kind, field in ((CustomClassification, "classification"), (CustomBoxLoss, "box_loss")):
         with pytest.raises(error, match=match) as caught:
-            kind(name.format(own=own))
+            kind(name.format(custom=custom)).resolve()
         assert f"detector.{field}.function" in str(caught.value)
 
 
-def test_a_reduced_loss_is_refused_with_the_right_shape(own, make_batch):
+def test_a_detector_resolves_both_losses(custom):
+    detector = changed(
+        Experiment(),
+        detector={
+            "classification": CustomClassification(f"{custom}:zero"),
+            "box_loss": CustomBoxLoss(f"{custom}:ones"),
+        },
+    ).detector
+    detector.resolve()
+    for field in ("classification", "box_loss"):
+        wrong = dataclasses.replace(getattr(detector, field), function=f"{custom}:absent")
+        with pytest.raises(ValueError, match=rf"detector\.{field}\.function .* no function absent"):
+            dataclasses.replace(detector, **{field: wrong}).resolve()
+    Experiment().detector.resolve()
+
+
+def test_the_file_is_executed_when_the_loss_is_first_called_and_not_before(tmp_path, make_batch):
+    """Neither by a config, nor when its JSON is read, nor for detections."""
+    file, ran = tmp_path / "marks.py", tmp_path / "ran"
+    file.write_text(f"open({str(ran)!r}, 'a').write('x')\n" + CUSTOM)
+    experiment = changed(
+        Experiment(),
+        detector={
+            "classification": CustomClassification(f"{file}:zero"),
+            "box_loss": CustomBoxLoss(f"{file}:ones"),
+        },
+    )
+    stored = to_dict(experiment)
+    assert stored["detector"]["classification"]["function"] == f"{file}:zero"
+    assert from_dict(Experiment, stored) == experiment
+    outputs = Outputs(
+        [jnp.zeros((1, n, n, 3)) for n in (8, 4, 2, 1, 1)],
+        [jnp.zeros((1, n, n, 68)) for n in (8, 4, 2, 1, 1)],
+    )
+    experiment.detector.detections(outputs, jnp.array([[64, 64]]), jnp.ones((1, 2)))
+    assert not ran.exists()
+    losses(experiment.detector, make_batch)
+    assert ran.read_text() == "x"
+
+
+def test_what_is_stored_opens_after_the_file_has_moved(tmp_path, make_batch):
+    file = tmp_path / "before.py"
+    file.write_text(CUSTOM)
+    loss = CustomBoxLoss(f"{file}:ones")
+    stored = to_dict(changed(Experiment(), detector={"box_loss": loss}))
+    moved = file.rename(tmp_path / "after.py")
+    detector = from_dict(Experiment, stored).detector
+    with pytest.raises(FileNotFoundError, match=r"detector\.box_loss\.function .*before\.py"):
+        detector.resolve()
+    renamed = dataclasses.replace(detector, box_loss=CustomBoxLoss(f"{moved}:ones"))
+    renamed.resolve()
+    assert np.isfinite(losses(renamed, make_batch)[0]["loss_bbox"])
+
+
+def test_a_reduced_loss_is_refused_with_the_right_shape(custom, make_batch):
     for field, kind in (("classification", CustomClassification), ("box_loss", CustomBoxLoss)):
-        detector = changed(Experiment(), detector={field: kind(f"{own}:reduced")}).detector
+        detector = changed(Experiment(), detector={field: kind(f"{custom}:reduced")}).detector
         with pytest.raises(ValueError, match=r"reduced returned shape \(\)"):
             losses(detector, make_batch)
 
 
-def test_an_error_in_the_users_function_is_the_users(own, make_batch):
-    detector = changed(Experiment(), detector={"box_loss": CustomBoxLoss(f"{own}:faulty")}).detector
+def test_an_error_in_the_users_function_is_the_users(custom, make_batch):
+    detector = changed(
+        Experiment(), detector={"box_loss": CustomBoxLoss(f"{custom}:faulty")}
+    ).detector
     with pytest.raises(NameError, match="undefined"):
         losses(detector, make_batch)

@@ -291,8 +291,8 @@ def found_of(make_batch):
             for channels, spread in ((CLASSES, (-1, 1.5)), (4, (mean, deviation)), (1, (0, 1.5)))
         )
         outputs = outputs_of(detector, cls, raw, branch)
-        assign = jax.jit(lambda batch: detector.assign(priors, batch), compiler_options=QUICKLY)
-        trained, matched = map(np.asarray, assign(batch))
+        find = jax.jit(detector.match, compiler_options=QUICKLY)
+        matches = jax.tree.map(np.asarray, find(outputs, batch))
         variants = {name: with_quality(detector, name) for name in QUALITIES}
 
         @functools.partial(jax.jit, compiler_options=QUICKLY)
@@ -300,9 +300,9 @@ def found_of(make_batch):
             gradient = jax.value_and_grad(total, argnums=1, has_aux=True)
             return {name: gradient(variant, outputs, batch) for name, variant in variants.items()}
 
-        with mock.patch.object(Detector, "assign", lambda *_: (trained, matched)):  # traced once
+        with mock.patch.object(Detector, "match", lambda *_: matches):  # traced once
             results = jax.tree.map(np.asarray, run(outputs, batch))
-        case = Case(batch, outputs, trained, matched)
+        case = Case(batch, outputs, matches.trained, matches.matched)
         terms = {name: result[0][1] for name, result in results.items()}
         gradients = {
             name: [flat(x, c) for x, c in zip(result[1], (CLASSES, 4, 1), strict=True)]
@@ -446,7 +446,7 @@ def test_joint_quality_needs_a_loss_of_soft_labels(base):
 
 
 def test_deltas_need_anchors():
-    with pytest.raises(ValueError, match=r"detector\.box Deltas need anchors"):
+    with pytest.raises(ValueError, match=r"detector\.box Deltas.* needs anchors"):
         dataclasses.replace(systems.fcos.detector, box=Deltas())
 
 

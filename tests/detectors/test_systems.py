@@ -91,30 +91,30 @@ def random_outputs(detector, scale=1.0, images=4, seed=0):
     return Outputs(levels(predicts.cls), levels(predicts.box), quality)
 
 
-def with_assignment(assigned):
+def with_matches(matches):
     """While a program is traced, in place of another assignment: compiled once, not three times."""
-    return mock.patch.object(Detector, "assign", lambda *_: assigned)
+    return mock.patch.object(Detector, "match", lambda *_: matches)
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
 def _losses_and_gradient(detector, outputs, batch):
-    trained, matched = detector.assign(detector.priors_of(outputs), batch)
+    matches = detector.match(outputs, batch)
 
     def total(outputs):
         losses = detector.losses(outputs, batch)
         return sum(losses.terms.values()), losses
 
-    with with_assignment((trained, matched)):
+    with with_matches(matches):
         gradient, losses = jax.grad(total, has_aux=True)(outputs)
-    return losses, gradient, (trained, matched)
+    return losses, gradient, matches
 
 
 def losses_and_gradient(detector, outputs, batch):
     return jax.tree.map(np.asarray, _losses_and_gradient(detector, outputs, batch)[:2])
 
 
-def assigned(detector, outputs, batch):
-    """Which priors are trained on, and with which object."""
+def matches_of(detector, outputs, batch):
+    """What each prior is to learn."""
     return jax.tree.map(np.asarray, _losses_and_gradient(detector, outputs, batch)[2])
 
 
@@ -139,11 +139,11 @@ def test_losses_do_not_depend_on_how_images_are_spread_over_devices(name, batch)
     assert all(value > 0 for value in whole.terms.values())
 
     @functools.partial(jax.vmap, axis_name="devices")
-    def on_devices(outputs, batch, assigned):
-        with with_assignment(assigned):
+    def on_devices(outputs, batch, matches):
+        with with_matches(matches):
             return detector.losses(outputs, batch, lambda count: lax.psum(count, "devices"))
 
-    arrays = outputs, batch, assigned(detector, outputs, batch)
+    arrays = outputs, batch, matches_of(detector, outputs, batch)
     halves = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), arrays)
     parts = jax.jit(on_devices, compiler_options=QUICKLY)(*halves)
     assert_same_losses(jax.tree.map(np.asarray, parts), whole)
@@ -211,7 +211,7 @@ def test_whatever_negatives_predict_for_boxes_does_not_matter(name, batch):
     detector = DETECTORS[name]
     outputs = random_outputs(detector)
     expected = losses_and_gradient(detector, outputs, batch)
-    (_, matched), start = assigned(detector, outputs, batch), 0
+    matched, start = matches_of(detector, outputs, batch).matched, 0
     for level, count in zip(outputs.box_logits, detector.priors.per_cell, strict=True):
         rows = level.reshape(len(level), level.shape[1] * level.shape[2] * count, -1)
         rows[matched[:, start : start + rows.shape[1]] < 0] = np.inf
@@ -239,7 +239,7 @@ def test_losses_are_divided_by_the_positives_as_each_system_counts_them(name, re
     batch.image_mask[real:] = False
     batch.box_mask[:] &= objects == "some"
     outputs = jax.tree.map(np.zeros_like, random_outputs(detector))
-    trained, matched = assigned(detector, outputs, batch)
+    trained, matched = matches_of(detector, outputs, batch)[:2]
     counts = (matched >= 0).sum(1)
     assert (counts > 0).tolist() == (batch.box_mask.any(1) & batch.image_mask).tolist()
     found, at_least_one = counts.sum(), np.maximum(counts, 1)[:real].sum()
