@@ -1,6 +1,7 @@
 """Files and folders, local or in a bucket: everything a run keeps goes through here."""
 
 import os
+from pathlib import Path
 
 from etils import epath
 
@@ -27,6 +28,21 @@ def as_path(path: PathLike) -> epath.Path:
     with needs("gcs"):
         import gcsfs  # noqa: F401  # how epath reaches a bucket
     return epath.Path(path)
+
+
+def local_path(path: PathLike, name: str) -> Path:
+    """The path of a file or folder that must be on this machine.
+
+    Args:
+        path: of it, in which `~` is expanded.
+        name: of the argument, for the error.
+
+    Raises:
+        InputError: it is a URL.
+    """
+    if is_remote(path):
+        raise InputError(f"{name} is {os.fspath(path)}: it must be on a local disk, copy it there")
+    return Path(path).expanduser()
 
 
 def is_remote(path: PathLike) -> bool:

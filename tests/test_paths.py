@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gfl_jax.errors import InputError, WriteError
-from gfl_jax.paths import as_path, is_remote, write
+from gfl_jax.paths import as_path, is_remote, local_path, write
 
 
 def test_a_local_path_stays_what_it_is(monkeypatch, tmp_path):
@@ -54,3 +54,10 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "in the way").write_text("")
     with pytest.raises(WriteError, match=r"in the way/file could not be written: Not a directory"):
         write(tmp_path / "in the way" / "file", "")
+
+
+def test_what_must_be_local_is_named_by_its_argument(tmp_path):
+    assert local_path(str(tmp_path), "SRC") == tmp_path
+    assert local_path("~/x", "SRC") == Path.home() / "x"
+    with pytest.raises(InputError, match=r"--checkpoint is gs://bucket/x\.pth"):
+        local_path("gs://bucket/x.pth", "--checkpoint")

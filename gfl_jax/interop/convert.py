@@ -20,6 +20,7 @@ from typing import Annotated, Any, NamedTuple, cast
 import jax
 import numpy as np
 import tyro
+from etils import epath
 
 from gfl_jax import systems
 from gfl_jax.cli import load_experiment
@@ -32,6 +33,7 @@ from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.interop.torch_files import read_torch_file
 from gfl_jax.models.network import Backbone, Model, Network, Variables
 from gfl_jax.models.resnet import BLOCKS
+from gfl_jax.paths import PathLike, as_path, local_path
 from gfl_jax.run import describe, load
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.step import init_state, sgd
@@ -215,7 +217,7 @@ def _detector(
 
 
 def import_checkpoint(
-    source: Path, folder: Path, config: str = "", annotations: str = ""
+    source: Path, folder: Path | epath.Path, config: str = "", annotations: str = ""
 ) -> tuple[Experiment, int]:
     """Makes `folder` a work directory whose checkpoint, step 0, is that of the file `source`.
 
@@ -282,7 +284,7 @@ def _categories(meta: Mapping[str, Any], annotations: str) -> dict[str, Any]:
     )
 
 
-def export_checkpoint(source: Path, file: Path) -> int:
+def export_checkpoint(source: PathLike, file: Path) -> int:
     """Writes the best (or only) checkpoint of a folder as a .pth for mmdetection 3.x.
 
     Returns:
@@ -315,25 +317,28 @@ def export_checkpoint(source: Path, file: Path) -> int:
 
 
 def main(
-    src: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")],
-    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")],
+    src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")],
+    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")],
     config: str = "",
     annotations: str = "",
 ) -> None:
     """Converts a PyTorch checkpoint to one of this project, or back.
 
     Args:
-        src: a .pth or .safetensors file; or a work directory or folder of checkpoints.
-        dst: the work directory to make; or the .pth file to write.
+        src: a local .pth or .safetensors file; or a work directory or folder of checkpoints, local
+            or gs://.
+        dst: the work directory to make, local or gs://; or the local .pth file to write.
         config: config of the model, where the arrays alone do not tell it.
         annotations: COCO json whose categories are the classes, where the file does not name them.
     """
-    if src.is_dir():
-        if dst.suffix != ".pth":
+    if as_path(src).is_dir():
+        file = local_path(dst, "DST")
+        if file.suffix != ".pth":
             raise InputError(f"{src} is a folder, so that DST must be a .pth file; it is {dst}")
-        print(f"{export_checkpoint(src, dst)} arrays of {src} written to {dst}")
+        print(f"{export_checkpoint(src, file)} arrays of {src} written to {file}")
     else:
-        experiment, count = import_checkpoint(src, dst, config, annotations)
+        weights = local_path(src, "SRC")
+        experiment, count = import_checkpoint(weights, as_path(dst), config, annotations)
         print(
             f"{count} arrays of {src}, every one used, none missing: step 0 of {dst}\n"
             f"{experiment.model}\n{experiment.detector}\n"

@@ -28,6 +28,7 @@ from gfl_jax.interop import mmdet_stages
 from gfl_jax.interop.convert import read_detector, state_dict
 from gfl_jax.interop.stages import Stages, stages
 from gfl_jax.models.network import Network
+from gfl_jax.paths import local_path
 
 TORCH_GFL = Path(__file__).with_name("torch_gfl.py")
 TORCH_GFL_FIXED = {
@@ -217,8 +218,8 @@ def print_table(rows: list[StageDifference]) -> None:
 
 
 def main(
-    files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")],
-    checkpoint: Path,
+    files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE...")],
+    checkpoint: str,
     scale: tuple[int, int] | None = None,
     python: str = sys.executable,
     config: str = "",
@@ -243,7 +244,9 @@ def main(
     """
     if not files:
         raise UsageError("name at least one image")
-    experiment, num_classes, _, variables = read_detector(checkpoint, config)
+    experiment, num_classes, _, variables = read_detector(
+        local_path(checkpoint, "--checkpoint"), config
+    )
     data, model = experiment.data, dataclasses.replace(experiment.model, dtype="float32")
     detector = dataclasses.replace(
         experiment.detector,
@@ -259,7 +262,7 @@ def main(
     rng = np.random.default_rng(0)
     samples = []
     for file in files:
-        image = pixels.decode(file.read_bytes(), name=str(file))
+        image = pixels.decode(local_path(file, "IMAGE").read_bytes(), name=str(file))
         if data.keep_ratio:
             image, _ = pixels.resize_keep_ratio(image, width, height)
         else:

@@ -18,6 +18,7 @@ from gfl_jax.data.records import PreparedSplit
 from gfl_jax.data.sources import open_split
 from gfl_jax.detectors.box import Gaussian, GeneralDistribution
 from gfl_jax.errors import InputError
+from gfl_jax.paths import as_path
 from gfl_jax.run import Run, load
 from gfl_jax.tools.candidates import (
     Candidates,
@@ -309,7 +310,7 @@ def main(
     Raises:
         InputError: this run cannot show it.
     """
-    detector = load(epath.Path(run))
+    detector = load(run)
     split = open_split(detector.experiment.data, "val")
     by_object = sides_of(detector, split)
     sides = Sides(*(column.reshape(-1) for column in by_object))
@@ -318,7 +319,7 @@ def main(
         missing = "sharp" if blurred.all() else "blurred"
         raise InputError(f"no {missing} side among the {len(by_object.error)} objects detected")
     numbers = statistics(by_object)
-    file = epath.Path(out)
+    file = as_path(out)
     _plot(by_object, file)
     examples = file.with_name(f"{file.stem}-examples.png")
     _draw_examples(detector, split, examples)

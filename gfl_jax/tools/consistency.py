@@ -9,12 +9,12 @@ from typing import Annotated
 import jax
 import numpy as np
 import tyro
-from etils import epath
 
 from gfl_jax.data.images import box_iou
 from gfl_jax.data.records import PreparedSplit
 from gfl_jax.data.sources import open_split
 from gfl_jax.errors import UsageError
+from gfl_jax.paths import as_path
 from gfl_jax.run import Run, load
 from gfl_jax.tools.candidates import best_candidates, objects_of, rank_correlation
 from gfl_jax.visualize import new_figure, save_figure
@@ -72,7 +72,7 @@ def main(
     figure = new_figure(4.2 * columns, 3.8 * rows)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     numbers: dict[str, dict[str, float]] = {}
-    for i, workdir in enumerate(map(epath.Path, runs)):
+    for i, workdir in enumerate(map(as_path, runs)):
         title = titles[i] if i < len(titles) else f"{workdir.parent.name}/{workdir.name}"
         numbers[title] = {}
         run = load(workdir)
@@ -101,7 +101,7 @@ def main(
     for panel in panels[len(runs) :]:
         panel.axis("off")
     figure.suptitle("score and true IoU of the best candidates before NMS; rank correlations")
-    file = epath.Path(out)
+    file = as_path(out)
     save_figure(figure, file)
     file.with_suffix(".json").write_text(json.dumps(numbers, indent=1))
     print(f"{file}, {file.with_suffix('.json')}")

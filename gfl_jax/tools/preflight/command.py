@@ -17,13 +17,13 @@ from typing import Annotated, Literal
 
 import jax
 import tyro
-from etils import epath
 
 from gfl_jax.cli import load_experiment, parse_command, positional
 from gfl_jax.config import Experiment
 from gfl_jax.data.plan import canvases_of
 from gfl_jax.data.sources import Data
 from gfl_jax.errors import InputError
+from gfl_jax.paths import as_path
 from gfl_jax.tools.preflight.compile import preflight
 from gfl_jax.tools.preflight.report import comparison, markdown, to_json, verdict
 
@@ -125,7 +125,7 @@ def main(arguments: list[str]) -> None:
     if not command.out:
         print(f"\n{report}")
         return
-    out = epath.Path(command.out)
+    out = as_path(command.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text(f"{report}\n")
     values = {"about": about, "jobs": list(map(to_json, results))}
