@@ -3,9 +3,9 @@
     gfl-jax tables 1a --data COCO --seeds 3
     gfl-jax tables 1a --rows 'atss_*' --budget small
 
-The rows are those of configs/table_1a.py and so on. A row that stands in several tables is trained
-once; what is finished is not done again, and what was interrupted continues. Writes TABLE.md, a
-plot TABLE.png and all numbers TABLE.json into --out.
+The rows are those of configs/table_1a.py and so on. A row that occurs in several tables is trained
+once; finished runs are not repeated and interrupted ones are resumed. Writes TABLE.md, a plot
+TABLE.png and all numbers TABLE.json to --out.
 """
 
 import dataclasses
@@ -36,10 +36,9 @@ from gfl_jax.training.metrics import read_metrics
 from gfl_jax.visualize import new_figure, save_figure
 
 TABLES = ("1a", "1b", "1c", "2a", "2b", "2c", "3")
-METRICS = ("AP", "AP50", "AP75", "APS", "APM", "APL")
-SPEED = "images_per_second"
+COLUMNS = ("AP", "AP50", "AP75", "APS", "APM", "APL")
 WITH_SPEED = ("3",)
-"""Tables of which the paper states images/s."""
+"""Tables for which the paper states images/s."""
 PAPER_SPEED = 19.4
 SMALL_STEPS, SMALL_BATCH, SMALL_PIXELS = 1500, 8, 128 * 128
 
@@ -84,16 +83,16 @@ def _moved(source: Any, root: str) -> Any:
 
 
 def data_of(source: str, budget: str, own: Data) -> Data:
-    """The data of a row: from elsewhere, seen as the row's own are.
+    """The data to train a row on: from `source`, but scaled and augmented as the row says.
 
     Args:
-        source: 'shapes'; a prepared folder; one in COCO 2017's layout; or a config file whose data
-            it is, with the folder of its root behind a colon: CONFIG.py:FOLDER.
+        source: 'shapes'; a prepared folder; one in COCO 2017's layout; or a config file that names
+            the data, with the folder of its root after a colon: CONFIG.py:FOLDER.
         budget: with 'small', images fit 128 x 128 pixels (shapes and SSD) or 192 x 144.
-        own: the row's.
+        own: the data of the row's config.
 
     Raises:
-        FileNotFoundError: there is no such folder or file.
+        MissingFileError: there is no such folder or file.
     """
     if source == "shapes":
         data = Data(source=Shapes(), workers=0, cache_megabytes=192)
@@ -138,10 +137,10 @@ def data_of(source: str, budget: str, own: Data) -> Data:
 def jobs_of(table: str, configs: Path = CONFIGS) -> dict[str, tuple[Row, str]]:
     """The rows of a table, each with the name it is trained under.
 
-    That is the table and row where the experiment stands first, in the order of the tables.
+    That is the first table and row with the same experiment, in the order of the tables.
 
     Raises:
-        ValueError: there is no such table.
+        InputError: there is no such table.
     """
     if table not in TABLES:
         raise InputError(f"there is no table {table!r}; there are {', '.join(TABLES)}")
@@ -154,7 +153,7 @@ def jobs_of(table: str, configs: Path = CONFIGS) -> dict[str, tuple[Row, str]]:
 
 
 def listing(table: str, chosen: dict[str, tuple[Row, str]], out: PathLike) -> str:
-    """The rows of a table with the seeds that are finished, and what the paper states."""
+    """The rows of a table, what the paper states, and which seeds are finished."""
     lines = [f"table {table}"]
     for key, (row, name) in chosen.items():
         seeds = sorted(
@@ -167,22 +166,22 @@ def listing(table: str, chosen: dict[str, tuple[Row, str]], out: PathLike) -> st
 
 
 def train_row(experiment: Experiment, workdir: PathLike) -> dict[str, float]:
-    """Trains and evaluates an experiment in `workdir`, from where it was left off.
+    """Trains and evaluates an experiment in `workdir`, resuming it if it was interrupted.
 
     Returns:
-        pycocotools' numbers of the last evaluation, and the minutes since this start. They are kept
-        in result.json: a finished experiment is not run again.
+        pycocotools' numbers of the last evaluation, and the minutes since this start. They are
+        stored in result.json: a finished experiment is not run again.
 
     Raises:
-        ValueError: the folder holds another experiment.
+        InputError: the folder holds another experiment.
     """
     file = as_path(workdir) / "result.json"
     as_json = to_dict(experiment)
     if file.exists():
-        kept = json.loads(file.read_text())
-        if from_dict(Experiment, kept["experiment"]) != experiment:
+        stored = json.loads(file.read_text())
+        if from_dict(Experiment, stored["experiment"]) != experiment:
             raise InputError(f"{workdir} holds another experiment; name another --out")
-        return kept["metrics"]
+        return stored["metrics"]
     train_split = open_split(experiment.data, "train")
     val_split = open_split(experiment.data, "val")
     predicts = experiment.detector.predicts(len(train_split.category_ids))
@@ -202,7 +201,7 @@ def train_row(experiment: Experiment, workdir: PathLike) -> dict[str, float]:
         about=describe(experiment, val_split.category_ids, val_split.category_names),
     )
     last = [entry for entry in read_metrics(workdir) if entry["kind"] == "val"][-1]
-    metrics = {name: last[name] for name in METRICS}
+    metrics = {name: last[name] for name in COLUMNS}
     metrics["minutes"] = (time.perf_counter() - started) / 60
     write(file, json.dumps({"metrics": metrics, "experiment": as_json}))
     jax.clear_caches()
@@ -218,34 +217,34 @@ def speeds(workdirs: list[PathLike], rounds: int = 5) -> list[float]:
         devices, split = parallel(train.mapping), open_split(data, "val")
         evaluator = Evaluator(run.network, detector, data, devices, split, train.eval_batch)
         runs.append((evaluator, devices.replicate(run.variables)))
-    found = [
+    measured = [
         [evaluator.images_per_second(variables, repeats=3)[0] for evaluator, variables in runs]
         for _ in range(rounds)
     ]
-    return np.median(found, axis=0).tolist()
+    return np.median(measured, axis=0).tolist()
 
 
 def markdown(rows: list[Row], results: list[list[dict[str, float]]], speed: list[float]) -> str:
-    """The table: of every row mean and deviation over seeds, in percent, beside the paper's."""
+    """The table: mean and deviation over seeds of every row, in percent, beside the paper's."""
     head = [
         "row",
-        *METRICS,
+        *COLUMNS,
         "seeds",
         *(["images/s"] if speed else []),
-        *(f"paper {m}" for m in METRICS),
+        *(f"paper {m}" for m in COLUMNS),
     ]
     if speed:
         head.append("paper images/s")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for i, (row, runs) in enumerate(zip(rows, results, strict=True)):
         cells = [row.title]
-        for metric in METRICS:
+        for metric in COLUMNS:
             values = [100 * run[metric] for run in runs if run[metric] >= 0]  # -1: no such objects
             deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.1f}{deviation}" if values else "")
         cells.append(str(len(runs)))
         cells += [f"{speed[i]:.1f}"] if speed else []
-        cells += [f"{value:.1f}" for value in row.paper] + [""] * (len(METRICS) - len(row.paper))
+        cells += [f"{value:.1f}" for value in row.paper] + [""] * (len(COLUMNS) - len(row.paper))
         cells += [f"{PAPER_SPEED:.1f}"] if speed else []
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -254,12 +253,12 @@ def markdown(rows: list[Row], results: list[list[dict[str, float]]], speed: list
 def plot(
     file: PathLike, title: str, rows: list[Row], results: list[list[dict[str, float]]]
 ) -> None:
-    """Writes a PNG of AP, AP50 and AP75: ours, every seed a dot, above the paper's."""
+    """Writes a PNG of AP, AP50 and AP75: ours above, with a dot per seed, the paper's below."""
     figure = new_figure(13, 2.2 + 0.5 * len(rows))
     axes = figure.subplots(2, 3, sharey=True)
     names = [row.title for row in rows]
     y = np.arange(len(rows))
-    for column, metric in enumerate(METRICS[:3]):
+    for column, metric in enumerate(COLUMNS[:3]):
         ours, paper = axes[:, column]
         values = [[100 * run[metric] for run in runs] for runs in results]
         ours.hlines(y, [min(v) for v in values], [max(v) for v in values], color="0.6")
@@ -291,16 +290,20 @@ def main(
     """Trains the rows of tables and writes them beside the paper's numbers.
 
     Args:
-        tables: 1a, 1b, 1c, 2a, 2b, 2c or 3; several are done seed by seed.
-        data: a folder in COCO 2017's layout; 'shapes' (what the small budget takes if nothing is
-            named); or a config file whose data it is, with the folder of its root behind a colon:
-            configs/gfl_r18_fpn_bccd.py:BCCD.
-        seeds: runs of every row, seeds 0, 1, ...
-        budget: 'full' as the config says; 'small' a few minutes a row on two cores.
+        tables: 1a, 1b, 1c, 2a, 2b, 2c or 3; several tables are trained seed by seed.
+        data: a folder in COCO 2017's layout; a prepared folder; 'shapes' (the default of the small
+            budget); or a config file that names the data, with the folder of its root after a
+            colon: configs/gfl_r18_fpn_bccd.py:BCCD.
+        seeds: runs per row, with seeds 0, 1, ...
+        budget: 'full': as the config says; 'small': a few minutes per row on two cores.
         rows: which rows, a pattern such as 'atss_*'.
         out: folder of all runs and tables, local or `gs://...`.
         configs: folder of table_1a.py and so on.
-        only_list: prints the rows and what is finished in `out`, and trains nothing.
+        only_list: print the rows and what is finished in `out`, and train nothing.
+
+    Raises:
+        UsageError: no table or no data is named.
+        InputError: there is no such table or row, or `out` holds other experiments.
     """
     if not tables:
         raise UsageError(f"name at least one table: {', '.join(TABLES)}")
@@ -309,12 +312,12 @@ def main(
     data, folder = data or "shapes", as_path(out)
     chosen: dict[str, dict[str, tuple[Row, str]]] = {}
     for table in tables:
-        found = jobs_of(table, configs)
-        chosen[table] = {k: v for k, v in found.items() if fnmatch.fnmatch(k, rows)}
+        jobs = jobs_of(table, configs)
+        chosen[table] = {k: v for k, v in jobs.items() if fnmatch.fnmatch(k, rows)}
         if not chosen[table]:
-            raise InputError(f"table {table} has no row {rows!r}; it has {', '.join(found)}")
+            raise InputError(f"table {table} has no row {rows!r}; it has {', '.join(jobs)}")
     if only_list:
-        print("\n\n".join(listing(table, found, folder) for table, found in chosen.items()))
+        print("\n\n".join(listing(table, jobs, folder) for table, jobs in chosen.items()))
         return
     work = [
         (seed, name, row)
@@ -336,15 +339,15 @@ def main(
         print(", ".join(f"{key} {value:.3f}" for key, value in metrics.items()), flush=True)
         results.setdefault(name, []).append(metrics)
 
-    for table, found in chosen.items():
-        runs = [results[name] for _, name in found.values()]
-        values = [row for row, _ in found.values()]
+    for table, jobs in chosen.items():
+        runs = [results[name] for _, name in jobs.values()]
+        values = [row for row, _ in jobs.values()]
         speed = []
         if table in WITH_SPEED:
-            speed = speeds([folder / name / "seed0" for _, name in found.values()])
+            speed = speeds([folder / name / "seed0" for _, name in jobs.values()])
         text = markdown(values, runs, speed)
         file = folder / f"table_{table}"
         write(file.with_suffix(".md"), text)
-        write(file.with_suffix(".json"), json.dumps(dict(zip(found, runs, strict=True))))
+        write(file.with_suffix(".json"), json.dumps(dict(zip(jobs, runs, strict=True))))
         plot(file.with_suffix(".png"), f"table {table}: {budget} budget, {data}", values, runs)
         print(f"\ntable {table}\n\n{text}\n{file}.md, .png, .json")

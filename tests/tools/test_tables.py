@@ -14,7 +14,7 @@ from gfl_jax.errors import UsageError
 from gfl_jax.models.ssd import SSDModel
 from gfl_jax.systems import ssd512
 from gfl_jax.tools import tables
-from gfl_jax.tools.tables import METRICS, TABLES, data_of, jobs_of, markdown, small
+from gfl_jax.tools.tables import COLUMNS, TABLES, data_of, jobs_of, markdown, small
 from gfl_jax.training import evaluator
 
 DATA = """
@@ -226,7 +226,7 @@ def test_data_comes_from_elsewhere_but_is_seen_as_the_row_says(folder):
 
 
 def test_the_table_leaves_out_what_was_not_measured():
-    run = dict.fromkeys(METRICS, 0.25) | {"APL": -1.0, "AP": 0.2}
+    run = dict.fromkeys(COLUMNS, 0.25) | {"APL": -1.0, "AP": 0.2}
     other = run | {"AP": 0.3}
     text = markdown([Row("a", Experiment(), (40.2,))], [[run, other]], [])
     cells = [cell.strip() for cell in text.splitlines()[2].split("|")]
