@@ -13,7 +13,7 @@ from configs.fcos_r50_fpn_improved_1x_coco import experiment as fcos
 from gfl_jax.config import Experiment, Row
 from gfl_jax.detectors.classification import QualityFocal
 from gfl_jax.detectors.quality import GuidedQuality, JointQuality, NoQuality, QualityBranch
-from gfl_jax.systems import changed
+from gfl_jax.systems import variant
 
 CHOICES = {
     "none": ("w/o quality branch", {"quality": NoQuality()}),
@@ -45,7 +45,7 @@ BASES: dict[str, Experiment] = {"fcos": fcos, "atss": atss}
 
 rows = {
     f"{base}_{name}": Row(
-        f"{base.upper()}, {title}", changed(BASES[base], detector=choice), PAPER[base][i]
+        f"{base.upper()}, {title}", variant(BASES[base], detector=choice), PAPER[base][i]
     )
     for base in BASES
     for i, (name, (title, choice)) in enumerate(CHOICES.items())

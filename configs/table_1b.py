@@ -14,7 +14,7 @@ from configs.ssd512_vgg16_coco import experiment as ssd512
 from gfl_jax.config import Row
 from gfl_jax.detectors.classification import QualityFocal
 from gfl_jax.detectors.quality import JointQuality
-from gfl_jax.systems import changed
+from gfl_jax.systems import variant
 
 JOINT = {"quality": JointQuality(weighting="none"), "classification": QualityFocal()}
 
@@ -22,19 +22,19 @@ rows = {
     "foveabox": Row("FoveaBox", foveabox, (36.4, 55.8, 38.8, 19.4, 40.4, 47.7)),
     "foveabox_joint": Row(
         "FoveaBox + joint w/ QFL",
-        changed(foveabox, detector=JOINT),
+        variant(foveabox, detector=JOINT),
         (37.0, 55.7, 39.6, 20.2, 41.2, 48.8),
     ),
     "retinanet": Row("RetinaNet", retinanet, (35.6, 55.5, 38.1, 20.1, 39.4, 46.8)),
     "retinanet_joint": Row(
         "RetinaNet + joint w/ QFL",
-        changed(retinanet, detector=JOINT),
+        variant(retinanet, detector=JOINT),
         (36.4, 56.3, 39.1, 20.4, 40.0, 48.7),
     ),
     "ssd512": Row("SSD512", ssd512, (29.4, 49.1, 30.6, 11.4, 34.1, 44.9)),
     "ssd512_joint": Row(
         "SSD512 + joint w/ QFL",
-        changed(ssd512, detector=JOINT),
+        variant(ssd512, detector=JOINT),
         (30.2, 50.3, 31.7, 13.3, 34.4, 45.5),
     ),
 }

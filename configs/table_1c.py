@@ -8,7 +8,7 @@ Run here:  with --budget small on `shapes`, see docs/tables.md.
 from configs.table_1a import rows as table_1a
 from gfl_jax.config import Row
 from gfl_jax.detectors.classification import QualityFocal
-from gfl_jax.systems import changed
+from gfl_jax.systems import variant
 
 PAPER = {
     0: (37.6, 55.4, 40.3),
@@ -21,7 +21,7 @@ PAPER = {
 rows = {
     f"beta_{beta:g}": Row(
         f"beta {beta:g}",
-        changed(
+        variant(
             table_1a["atss_joint"].experiment,
             detector={"classification": QualityFocal(float(beta))},
         ),

@@ -12,7 +12,7 @@ from configs.atss_r50_fpn_1x_coco import experiment as atss
 from configs.fcos_r50_fpn_improved_1x_coco import experiment as fcos
 from gfl_jax.config import Experiment, Row
 from gfl_jax.detectors.box import Gaussian, GeneralDistribution
-from gfl_jax.systems import changed
+from gfl_jax.systems import variant
 
 CHOICES = {
     "dirac": ("Dirac delta", {}),
@@ -38,7 +38,7 @@ BASES: dict[str, Experiment] = {"fcos": fcos, "atss": atss}
 
 rows = {
     f"{base}_{name}": Row(
-        f"{base.upper()}, {title}", changed(BASES[base], detector=choice), PAPER[base][i]
+        f"{base.upper()}, {title}", variant(BASES[base], detector=choice), PAPER[base][i]
     )
     for base in BASES
     for i, (name, (title, choice)) in enumerate(CHOICES.items())

@@ -8,7 +8,7 @@ Run here:  with --budget small on `shapes`, see docs/tables.md.
 from configs.gfl_r50_fpn_1x_coco import experiment as gfl
 from gfl_jax.config import Row
 from gfl_jax.detectors.box import GeneralDistribution
-from gfl_jax.systems import changed
+from gfl_jax.systems import variant
 
 PAPER = {
     12: (40.1, 58.4, 43.1, 23.1, 43.8, 52.5),
@@ -18,6 +18,6 @@ PAPER = {
 }
 
 rows = {
-    f"n_{n}": Row(f"n {n}", changed(gfl, detector={"box": GeneralDistribution(n)}), paper)
+    f"n_{n}": Row(f"n {n}", variant(gfl, detector={"box": GeneralDistribution(n)}), paper)
     for n, paper in PAPER.items()
 }

@@ -8,7 +8,7 @@ Run here:  no.
 from configs.gfl_r50_fpn_1x_coco import experiment as gfl
 from gfl_jax.config import Row
 from gfl_jax.detectors.box import GeneralDistribution
-from gfl_jax.systems import changed
+from gfl_jax.systems import variant
 
 PAPER = {
     0.5: (40.2, 58.4, 43.0, 22.3, 43.8, 53.1),
@@ -19,7 +19,7 @@ PAPER = {
 
 rows = {
     f"delta_{delta:g}": Row(
-        f"Delta {delta:g}", changed(gfl, detector={"box": GeneralDistribution(16, delta)}), paper
+        f"Delta {delta:g}", variant(gfl, detector={"box": GeneralDistribution(16, delta)}), paper
     )
     for delta, paper in PAPER.items()
 }

@@ -11,11 +11,11 @@ from pathlib import Path
 from configs.gfl_r18_fpn_shapes import experiment as base
 from gfl_jax.detectors.box import CustomBoxLoss
 from gfl_jax.detectors.classification import CustomClassification
-from gfl_jax.systems import changed
+from gfl_jax.systems import variant
 
 LOSSES = Path(__file__).resolve().with_name("custom_losses.py")
 
-experiment = changed(
+experiment = variant(
     base,
     detector={
         "classification": CustomClassification(f"{LOSSES}:poly_quality_focal_loss"),

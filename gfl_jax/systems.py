@@ -1,7 +1,7 @@
 """The detectors of the paper's tables, each as model, detector and what else its training needs.
 
-GFL is the base; the others are what they change of it, by their articles and the reference's
-configs. `gfl_jax.config.Experiment` has GFL's values as defaults.
+GFL is the base: `gfl_jax.config.Experiment` has its values as defaults. The others state what they
+do differently, as described in their papers and the reference's configs.
 """
 
 import dataclasses
@@ -21,8 +21,13 @@ from gfl_jax.models.network import Backbone, Model
 from gfl_jax.models.ssd import SSDModel
 
 
-def changed(experiment: Experiment, **parts: dict[str, Any]) -> Experiment:
-    """The experiment with other fields in some of its parts: `detector={'box': Deltas()}`."""
+def variant(experiment: Experiment, **parts: dict[str, Any]) -> Experiment:
+    """The experiment with other fields in some of its parts.
+
+    Args:
+        experiment: what to start from.
+        parts: fields to replace, by part: `variant(gfl, detector={"box": Deltas()})`.
+    """
     values = {
         name: dataclasses.replace(getattr(experiment, name), **fields)
         for name, fields in parts.items()
@@ -31,13 +36,13 @@ def changed(experiment: Experiment, **parts: dict[str, Any]) -> Experiment:
 
 
 def for_coco(system: Experiment, pretrained: str) -> Experiment:
-    """A system as it is trained on COCO: from ImageNet weights, in bfloat16, faulty boxes skipped.
+    """A system as trained on COCO: from ImageNet weights, in bfloat16, skipping faulty boxes.
 
     COCO's train2017 has two boxes without height.
     """
     model = dataclasses.replace(system.model, dtype="bfloat16").with_pretrained(pretrained)
     system = dataclasses.replace(system, model=model)
-    return changed(
+    return variant(
         system, data={"source": CocoFolder(on_error="skip")}, train={"checkpoint_every": 1000}
     )
 
@@ -82,10 +87,10 @@ fcos = Experiment(
 )
 """FCOS as first published (Tian et al., arXiv 1904.01355)."""
 
-fcos_center = changed(fcos, detector={"assigner": assign.FCOS(center_radius=1.5)})
+fcos_center = variant(fcos, detector={"assigner": assign.FCOS(center_radius=1.5)})
 """FCOS whose positives lie near the centres of objects."""
 
-fcos_improved = changed(
+fcos_improved = variant(
     fcos_center,
     model={
         "head": Head("conv", conv_bias=True),

@@ -56,7 +56,7 @@ def parsed(experiment, *flags):
 )
 def test_fields_of_the_chosen_kind_change_on_the_command_line(name, field, part, expected):
     system = SYSTEMS[name]
-    changed = systems.changed(system, detector={part: expected}, train={"epochs": 3})
+    changed = systems.variant(system, detector={part: expected}, train={"epochs": 3})
     assert parsed(system, f"--{field}", "--train.epochs=3") == changed
 
 
@@ -66,7 +66,7 @@ def test_without_flags_an_experiment_stays_as_it_is(system):
 
 
 def test_ssd_s_width_changes_on_the_command_line():
-    changed = systems.changed(systems.ssd512, model={"width": 16})
+    changed = systems.variant(systems.ssd512, model={"width": 16})
     assert parsed(systems.ssd512, "--model.width=16") == changed
 
 
@@ -103,11 +103,11 @@ def test_fields_of_another_kind_are_no_fields(capsys):
     ],
 )
 def test_a_choice_is_exchanged_by_the_name_of_a_kind(flags, changes):
-    assert parsed(systems.gfl, *flags) == systems.changed(systems.gfl, detector=changes)
+    assert parsed(systems.gfl, *flags) == systems.variant(systems.gfl, detector=changes)
 
 
 def test_the_same_kind_named_again_takes_its_defaults():
-    system = systems.changed(systems.gfl, detector={"assigner": ATSS(topk=5)})
+    system = systems.variant(systems.gfl, detector={"assigner": ATSS(topk=5)})
     assert parsed(system, "--detector.assigner", "ATSS") == systems.gfl
 
 

@@ -78,7 +78,7 @@ def test_a_choice_of_another_part_is_named():
 
 
 def test_every_field_of_a_system_can_be_replaced_without_changing_the_others():
-    changed = systems.changed(systems.fcos, train={"epochs": 3}, data={"flip": 0.0})
+    changed = systems.variant(systems.fcos, train={"epochs": 3}, data={"flip": 0.0})
     assert changed.train == dataclasses.replace(systems.fcos.train, epochs=3)
     assert changed.data == dataclasses.replace(systems.fcos.data, flip=0.0)
     assert (changed.model, changed.detector) == (systems.fcos.model, systems.fcos.detector)
@@ -87,10 +87,10 @@ def test_every_field_of_a_system_can_be_replaced_without_changing_the_others():
 def test_differences_name_every_field_that_changed():
     old = to_dict(systems.gfl)
     assert differences(old, old) == []
-    new = to_dict(systems.changed(systems.gfl, train={"lr": 0.02, "milestones": (3,)}))
+    new = to_dict(systems.variant(systems.gfl, train={"lr": 0.02, "milestones": (3,)}))
     assert differences(old, new) == [
         "train.lr: 0.01, now 0.02",
         "train.milestones: [8, 11], now [3]",
     ]
-    new = to_dict(systems.changed(systems.gfl, detector={"quality": NoQuality()}))
+    new = to_dict(systems.variant(systems.gfl, detector={"quality": NoQuality()}))
     assert differences(old, new) == ["detector.quality: JointQuality, now NoQuality"]

@@ -72,7 +72,7 @@ def infer_experiment(arrays: Mapping[str, np.ndarray]) -> Experiment:
     """
     if "backbone.features.0.weight" in arrays:
         width = _shape(arrays, "backbone.features.0.weight")[0]
-        return systems.changed(systems.ssd512, model={"width": width})
+        return systems.variant(systems.ssd512, model={"width": width})
     heads = {name.split(".")[1] for name in arrays if re.match(r"bbox_head\..*\.weight$", name)}
     if "gfl_cls" in heads:
         system = systems.gfl
@@ -110,7 +110,7 @@ def infer_experiment(arrays: Mapping[str, np.ndarray]) -> Experiment:
         project = arrays.get("bbox_head.integral.project", np.arange(2.0))
         n = _shape(arrays, "bbox_head.gfl_reg.weight")[0] // 4 - 1
         box = GeneralDistribution(n, float(project[1]))
-        system = systems.changed(system, detector={"box": box})
+        system = systems.variant(system, detector={"box": box})
     return system
 
 
@@ -262,7 +262,7 @@ def _around_backbone(arrays: Mapping[str, np.ndarray]) -> Experiment:
     """SSD512 for a VGG-16, GFL for a ResNet."""
     if "features.0.weight" in arrays:
         width = _shape(arrays, "features.0.weight")[0]
-        return systems.changed(systems.ssd512, model={"width": width})
+        return systems.variant(systems.ssd512, model={"width": width})
     return Experiment(Model(Backbone(*_infer_resnet(arrays, ""))))
 
 

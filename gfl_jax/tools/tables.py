@@ -29,7 +29,7 @@ from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.network import Network
 from gfl_jax.paths import PathLike, as_path, write
 from gfl_jax.run import describe, load
-from gfl_jax.systems import changed
+from gfl_jax.systems import variant
 from gfl_jax.training.evaluator import Evaluator
 from gfl_jax.training.loop import fit
 from gfl_jax.training.metrics import read_metrics
@@ -74,7 +74,7 @@ def small(experiment: Experiment, num_images: int) -> Experiment:
     )
     model, detector = experiment.model.small(min(width, height))
     experiment = dataclasses.replace(experiment, model=model, train=train)
-    return changed(experiment, detector=detector)
+    return variant(experiment, detector=detector)
 
 
 def _moved(source: Any, root: str) -> Any:

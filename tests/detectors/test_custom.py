@@ -14,7 +14,7 @@ from gfl_jax.detectors.box import CustomBoxLoss
 from gfl_jax.detectors.classification import CustomClassification
 from gfl_jax.losses import quality_focal_loss
 from gfl_jax.models.heads import Outputs
-from gfl_jax.systems import changed
+from gfl_jax.systems import variant
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "gfl_r18_custom_losses.py"
 CUSTOM = """
@@ -94,7 +94,7 @@ def test_the_examples_functions_meet_known_losses_at_their_limits():
 
 
 def test_custom_losses_are_weighted_and_reduced_as_built_in_ones(custom, make_batch):
-    detector = changed(
+    detector = variant(
         Experiment(),
         detector={
             "classification": CustomClassification(f"{custom}:zero"),
@@ -127,7 +127,7 @@ def test_a_name_that_leads_nowhere_is_refused_with_its_field(custom, name, error
 
 
 def test_a_detector_resolves_both_losses(custom):
-    detector = changed(
+    detector = variant(
         Experiment(),
         detector={
             "classification": CustomClassification(f"{custom}:zero"),
@@ -146,7 +146,7 @@ def test_the_file_is_executed_when_the_loss_is_first_called_and_not_before(tmp_p
     """Neither by a config, nor when its JSON is read, nor for detections."""
     file, ran = tmp_path / "marks.py", tmp_path / "ran"
     file.write_text(f"open({str(ran)!r}, 'a').write('x')\n" + CUSTOM)
-    experiment = changed(
+    experiment = variant(
         Experiment(),
         detector={
             "classification": CustomClassification(f"{file}:zero"),
@@ -170,7 +170,7 @@ def test_what_is_stored_opens_after_the_file_has_moved(tmp_path, make_batch):
     file = tmp_path / "before.py"
     file.write_text(CUSTOM)
     loss = CustomBoxLoss(f"{file}:ones")
-    stored = to_dict(changed(Experiment(), detector={"box_loss": loss}))
+    stored = to_dict(variant(Experiment(), detector={"box_loss": loss}))
     moved = file.rename(tmp_path / "after.py")
     detector = from_dict(Experiment, stored).detector
     with pytest.raises(FileNotFoundError, match=r"detector\.box_loss\.function .*before\.py"):
@@ -182,13 +182,13 @@ def test_what_is_stored_opens_after_the_file_has_moved(tmp_path, make_batch):
 
 def test_a_reduced_loss_is_refused_with_the_right_shape(custom, make_batch):
     for field, kind in (("classification", CustomClassification), ("box_loss", CustomBoxLoss)):
-        detector = changed(Experiment(), detector={field: kind(f"{custom}:reduced")}).detector
+        detector = variant(Experiment(), detector={field: kind(f"{custom}:reduced")}).detector
         with pytest.raises(ValueError, match=r"reduced returned shape \(\)"):
             losses(detector, make_batch)
 
 
 def test_an_error_in_the_users_function_is_the_users(custom, make_batch):
-    detector = changed(
+    detector = variant(
         Experiment(), detector={"box_loss": CustomBoxLoss(f"{custom}:faulty")}
     ).detector
     with pytest.raises(NameError, match="undefined"):

@@ -21,9 +21,9 @@ from gfl_jax.models.network import Network
 SYSTEMS = {name: value for name, value in vars(systems).items() if isinstance(value, Experiment)}
 JOINT = {"quality": JointQuality("none"), "classification": QualityFocal()}
 VARIANTS = {  # of the paper's tables, by what the systems have not
-    "foveabox-joint": systems.changed(systems.foveabox, detector=JOINT),
-    "retinanet-guided": systems.changed(systems.retinanet, detector={"quality": GuidedQuality()}),
-    "fcos-gaussian": systems.changed(
+    "foveabox-joint": systems.variant(systems.foveabox, detector=JOINT),
+    "retinanet-guided": systems.variant(systems.retinanet, detector={"quality": GuidedQuality()}),
+    "fcos-gaussian": systems.variant(
         systems.fcos_improved,
         detector={"box": Gaussian(), "box_weight": 0.0, "quality": QualityBranch("iou")},
     ),

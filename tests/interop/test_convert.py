@@ -43,13 +43,13 @@ def small_system(name):
     """A system as small as it gets."""
     system = getattr(systems, name)
     if isinstance(system.model, SSDModel):
-        return systems.changed(system, model={"width": 4})
+        return systems.variant(system, model={"width": 4})
     parts = {
         "backbone": dataclasses.replace(system.model.backbone, depth=18, width=8),
         "neck": dataclasses.replace(system.model.neck, width=16),
         "head": dataclasses.replace(system.model.head, width=32, stacked_convs=1),
     }
-    return systems.changed(system, model=parts)
+    return systems.variant(system, model=parts)
 
 
 def zeros(experiment, classes):
@@ -139,7 +139,7 @@ def test_systems_are_told_from_their_names(name):
 
 def test_classes_are_counted_without_background_where_there_is_one():
     quality = {"classification": QualityFocal(), "quality": JointQuality()}
-    joint = systems.changed(systems.ssd512, detector=quality)
+    joint = systems.variant(systems.ssd512, detector=quality)
     assert convert.count_classes(zeros(joint, 80), joint) == 80
     message = r"retina_cls.weight has 80 channels, no multiple of the 9 priors"
     arrays = {"bbox_head.retina_cls.weight": np.zeros((80, 8, 3, 3))}
@@ -171,7 +171,7 @@ def test_only_what_a_detector_has_is_written():
         batch_norms = [n for n in arrays if n.endswith("num_batches_tracked")]
         assert len(batch_norms) == (0 if name == "ssd512" else 20)
     box = {"box": GeneralDistribution(4)}
-    variant = systems.changed(small_system("atss"), detector=box)
+    variant = systems.variant(small_system("atss"), detector=box)
     assert random_state_dict(variant)["bbox_head.integral.project"].tolist() == [0, 1, 2, 3, 4]
 
 
@@ -383,7 +383,7 @@ def test_the_experiment_travels_with_the_file(tmp_path, annotations):
 )
 def test_detectors_unknown_to_mmdetection_are_written_and_read(tmp_path, change):
     pytest.importorskip("torch")
-    experiment = systems.changed(small_system("atss"), detector=change)
+    experiment = systems.variant(small_system("atss"), detector=change)
     network = Network(experiment.model, experiment.detector.predicts(len(NAMES)))
     state = init_state(network.init(1), sgd(experiment.train, lambda step: 0.0), experiment.train)
     checkpoints = Checkpoints(tmp_path / "a/checkpoints")

@@ -233,7 +233,7 @@ def test_every_system_has_its_config_in_mmdetection(name):
     ],
 )
 def test_choices_without_counterpart_are_named(system, change, messages):
-    experiment = systems.changed(getattr(systems, system), detector=change)
+    experiment = systems.variant(getattr(systems, system), detector=change)
     with pytest.raises(ValueError) as error:
         mmdet_stages.model_config(crosscheck.settings(experiment, 80))
     for message in ["no counterpart of", *messages]:
@@ -274,8 +274,8 @@ def test_how_the_other_program_ends(interpreter):
         (systems.atss, "detector.box Deltas"),
         (systems.fcos, "detector.priors Points"),
         (systems.ssd512, "detector.priors SSDBoxes"),
-        (systems.changed(systems.gfl, model={"channel_order": "bgr"}), "channel_order bgr"),
-        (systems.changed(systems.gfl, model={"backbone": Backbone(caffe=True)}), "caffe True"),
+        (systems.variant(systems.gfl, model={"channel_order": "bgr"}), "channel_order bgr"),
+        (systems.variant(systems.gfl, model={"backbone": Backbone(caffe=True)}), "caffe True"),
     ],
 )
 def test_the_plain_model_is_a_gfl_only(interpreter, experiment, message):
@@ -285,7 +285,7 @@ def test_the_plain_model_is_a_gfl_only(interpreter, experiment, message):
 
 
 def test_ssd_sees_images_of_its_own_size_only(tmp_path, files):
-    experiment = systems.changed(systems.ssd512, model={"width": 4})
+    experiment = systems.variant(systems.ssd512, model={"width": 4})
     network = Network(experiment.model, experiment.detector.predicts(5))
     variables = jax.tree.map(
         lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(lambda: network.init(0))

@@ -13,7 +13,7 @@ from gfl_jax.config import Data, Experiment, Train
 from gfl_jax.data.sources import Shapes, open_split
 from gfl_jax.detectors.box import Deltas, Gaussian, GeneralDistribution
 from gfl_jax.run import Run, load
-from gfl_jax.systems import changed
+from gfl_jax.systems import variant
 from gfl_jax.tools import ambiguity, consistency, tables
 from gfl_jax.tools.ambiguity import opposites, sides_of
 from gfl_jax.tools.candidates import Candidates, Objects, objects_of
@@ -32,7 +32,7 @@ def two_bins(mean, extra=0.0):
 def run_of(box, candidates, objects, monkeypatch):
     monkeypatch.setattr(ambiguity, "best_candidates", lambda *_: iter(candidates))
     monkeypatch.setattr(ambiguity, "objects_of", lambda _: objects)
-    experiment = changed(Experiment(), detector={"box": box})
+    experiment = variant(Experiment(), detector={"box": box})
     return Run(Path(), 0, experiment, [], [], None, None), None
 
 

@@ -32,18 +32,18 @@ TABLE = """
 from gfl_jax.config import Data, Experiment, Row, Train
 from gfl_jax.detectors.classification import QualityFocal
 from gfl_jax.detectors.inference import Inference
-from gfl_jax.systems import changed
+from gfl_jax.systems import variant
 
 base = Experiment(
     data=Data(scale=(64, 64)),
     train=Train(batch_size=8, lr=0.02, epochs=2, milestones=(1,), warmup_steps=2),
 )
-base = changed(base, detector={"inference": Inference(score_threshold=0.0, nms_pre=60)})
+base = variant(base, detector={"inference": Inference(score_threshold=0.0, nms_pre=60)})
 
 rows = {
     "two": Row("beta 2", base, (39.9, 58.5, 43.0)),
     "again": Row("beta 2 again", base, (40.2, 58.6, 43.4, 23.0, 44.3, 53.0)),
-    "zero": Row("beta 0", changed(base, detector={"classification": QualityFocal(0.0)}), (37.6,)),
+    "zero": Row("beta 0", variant(base, detector={"classification": QualityFocal(0.0)}), (37.6,)),
 }
 """
 
