@@ -65,6 +65,7 @@ NOT_OPENED = {
     "gfl_jax.detectors.custom": "losses from a user's file",
     "gfl_jax.detectors.dirac": "the boxes of the other detectors",
     "gfl_jax.interop": "weights of PyTorch files",
+    "gfl_jax.models.conv_grad": "a faster gradient of convolutions on CPUs",
     "gfl_jax.models.ssd": "SSD's network",
     "gfl_jax.systems": "the other detectors",
     "gfl_jax.visualize": "pictures",

@@ -24,7 +24,7 @@ from gfl_jax.data import images as pixels
 from gfl_jax.data.batch import Sample, pad
 from gfl_jax.detectors.inference import Inference
 from gfl_jax.errors import InputError, SetupError, UsageError
-from gfl_jax.interop import mmdet_stages
+from gfl_jax.interop import mmdet_config, mmdet_stages
 from gfl_jax.interop.convert import read_detector, state_dict
 from gfl_jax.interop.stages import Stages, stages
 from gfl_jax.models.network import Network
@@ -33,7 +33,7 @@ from gfl_jax.paths import local_path
 TORCH_GFL = Path(__file__).with_name("torch_gfl.py")
 TORCH_GFL_FIXED = {
     field: allowed
-    for field, allowed in mmdet_stages.FIXED["GFLHead"].items()
+    for field, allowed in mmdet_config.FIXED["GFLHead"].items()
     if field != "detector.box.delta"
 } | {
     "model.backbone.caffe": (False,),
@@ -109,7 +109,7 @@ def run_reference(job: dict[str, Any], python: str) -> tuple[str, Stages]:
         name = "mmdetection"
         if run(Path(mmdet_stages.__file__), python) == mmdet_stages.MISSING:
             missing = f"mmdetection is not installed for {python}"
-            if unknown := mmdet_stages.differences(config, TORCH_GFL_FIXED):
+            if unknown := mmdet_config.differences(config, TORCH_GFL_FIXED):
                 raise SetupError(
                     f"{missing}; name its interpreter with --python. The plain PyTorch model that "
                     f"is used without it has no {'; '.join(unknown)}"

@@ -16,7 +16,7 @@ from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.inference import Inference
 from gfl_jax.detectors.quality import QualityBranch
 from gfl_jax.errors import UsageError
-from gfl_jax.interop import convert, crosscheck, mmdet_stages
+from gfl_jax.interop import convert, crosscheck, mmdet_config, mmdet_stages
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
@@ -208,7 +208,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_system_has_its_config_in_mmdetection(name):
-    config = mmdet_stages.model_config(crosscheck.settings(getattr(systems, name), 80))
+    config = mmdet_config.model_config(crosscheck.settings(getattr(systems, name), 80))
     found = {}
     for field in CONFIGS[name]:
         value = config
@@ -235,16 +235,22 @@ def test_every_system_has_its_config_in_mmdetection(name):
 def test_choices_without_counterpart_are_named(system, change, messages):
     experiment = systems.variant(getattr(systems, system), detector=change)
     with pytest.raises(ValueError) as error:
-        mmdet_stages.model_config(crosscheck.settings(experiment, 80))
+        mmdet_config.model_config(crosscheck.settings(experiment, 80))
     for message in ["no counterpart of", *messages]:
         assert message in str(error.value)
 
 
-def test_the_program_for_mmdetection_needs_no_jax():
-    code = (
-        "import runpy, sys; sys.modules.update(jax=None, gfl_jax=None); runpy.run_path(sys.argv[1])"
+def test_the_script_for_mmdetection_needs_no_jax(tmp_path):
+    """It runs up to the missing mmdetection, without jax and without this package."""
+    (tmp_path / "blocked").mkdir()
+    for name in ("jax", "gfl_jax", "mmdet"):
+        (tmp_path / "blocked" / f"{name}.py").write_text("raise ImportError('blocked')")
+    done = subprocess.run(
+        [sys.executable, mmdet_stages.__file__, "job.npz", "out.npz"],
+        env={"PYTHONPATH": str(tmp_path / "blocked")},
+        check=False,
     )
-    subprocess.run([sys.executable, "-c", code, mmdet_stages.__file__], check=True)
+    assert done.returncode == mmdet_stages.MISSING
 
 
 @pytest.fixture
