@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import gc
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,8 +70,10 @@ def load_batch(
     size = len(slots.images) // share[1]
     first = share[0] * size
     samples = []
-    for slot, index in enumerate(slots.images[first : first + size]):
-        record = split.source[int(index)]
+    indices = slots.images[first : first + size].tolist()
+    for slot, (index, record) in enumerate(
+        zip(indices, split.source.__getitems__(indices), strict=True)
+    ):
         stated = (record["height"], record["width"])
 
         def decoded(record=record, stated=stated):
@@ -79,7 +84,7 @@ def load_batch(
                 return images.resize_keep_ratio(image, plan.data.scale[0], slots.short_side)
             return images.resize(image, slots.canvas)
 
-        image, scale = cache.get((int(index), slots.short_side), decoded)
+        image, scale = cache.get((index, slots.short_side), decoded)
         keep = ~(record["crowd"] | record["ignore"])
         boxes, labels = record["boxes"][keep], record["labels"][keep]
         if plan.data.augmentation == "ssd":
@@ -112,6 +117,16 @@ def _start_worker(_worker: int, _count: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Workers share the cores already: without this each has a thread for every core.
     cv2.setNumThreads(0)
+    # A worker whose training process was killed would wait for ever, and keep its shared memory.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def batches(

@@ -17,7 +17,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -60,16 +60,23 @@ def load_table(file: epath.Path) -> Table:
         return Table(**columns)
 
 
+class EncodedImages(Protocol):
+    """The bytes of image files, at random."""
+
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[bytes]:
+        """Returns those of several images."""
+
+
 class RecordSource:
     """Random access to images and their annotations.
 
     It can be pickled; every process opens the files for itself when it first reads.
     """
 
-    def __init__(self, name: str, open_images: Callable[[], Sequence[bytes]], table: Table):
+    def __init__(self, name: str, open_images: Callable[[], EncodedImages], table: Table):
         """Takes a name, a function that can be pickled and opens the images' bytes, the table."""
         self.name, self._open_images, self._table = name, open_images, table
-        self._images: Sequence[bytes] | None = None
+        self._images: EncodedImages | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns all but the open files."""
@@ -95,15 +102,24 @@ class RecordSource:
             crowd: bool [n], a region of many objects, no ground truth for training.
             ignore: bool [n], no ground truth for training either.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Returns several images and their annotations, which are read at once."""
+        for index in indices:
+            if not 0 <= index < len(self):
+                raise IndexError(f"image {index} of {len(self)}")
         if self._images is None:
             self._images = self._open_images()
+        encoded = self._images.__getitems__(indices)
+        return [self._record(*pair) for pair in zip(indices, encoded, strict=True)]
+
+    def _record(self, index: int, image: bytes) -> dict[str, Any]:
         table = self._table
         height, width = map(int, table.sizes[index])
         objects = slice(table.starts[index], table.starts[index + 1])
         return {
-            "image": self._images[index],
+            "image": image,
             "image_id": int(table.image_ids[index]),
             "filename": table.filenames[index].decode(),
             "height": height,
@@ -160,7 +176,7 @@ class Shard(NamedTuple):
     examples_in_shard: int
 
 
-def open_images(shards: Sequence[Shard]) -> Sequence[bytes]:
+def open_images(shards: Sequence[Shard]) -> EncodedImages:
     """The images' bytes of some array_record files, local or on gs://."""
     return ArrayRecordDataSource(list(shards))
 

@@ -50,7 +50,7 @@ class Tfds:
         return open_tfds(self.name, name, root, cache, original if judged else None)
 
 
-class EncodedImages(Sequence[bytes]):
+class TfdsImages:
     """The images' bytes of a data set of tfds."""
 
     def __init__(self, directory: Path, split: str):
@@ -60,11 +60,9 @@ class EncodedImages(Sequence[bytes]):
         self.info = builder.info
         self.examples = builder.as_data_source(split, decoders=decoders)
 
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.examples[index]["image"]
+    def __getitems__(self, indices: Sequence[int]) -> list[bytes]:
+        """Returns the bytes of several image files."""
+        return [example["image"] for example in self.examples.__getitems__(indices)]
 
 
 def open_tfds(
@@ -88,7 +86,7 @@ def open_tfds(
     """
     directory = _directory(name, data_dir)
     try:
-        encoded = EncodedImages(directory, split)
+        encoded = TfdsImages(directory, split)
     except (NotImplementedError, ValueError) as error:
         advice = (
             f"tfds convert_format --out_file_format=array_record --dataset_version_dir={directory}"
@@ -112,7 +110,7 @@ def open_tfds(
     kept = epath.Path(folder / "annotations.json")
     return PreparedSplit(
         RecordSource(
-            f"{directory}:{split}", functools.partial(EncodedImages, directory, split), table
+            f"{directory}:{split}", functools.partial(TfdsImages, directory, split), table
         ),
         table,
         category_ids,
@@ -134,7 +132,7 @@ def _directory(name: str, data_dir: Path) -> Path:
     return data_dir / name / str(max(versions))
 
 
-def _write(folder: epath.Path, encoded: EncodedImages, annotations: Path | None) -> None:
+def _write(folder: epath.Path, encoded: TfdsImages, annotations: Path | None) -> None:
     """Reads all examples and writes table.npz, category_ids.json and, of the json, annotations.
 
     Raises:

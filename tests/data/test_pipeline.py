@@ -5,6 +5,12 @@ import hashlib
 import itertools
 import json
 import math
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import cv2
 import jax
@@ -385,3 +391,37 @@ def test_a_worker_process_makes_the_same_batches_as_threads(split, data):
 def test_settings_that_contradict_each_other_are_clear_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SSD, **changes)
+
+
+CONSUMER = """
+import multiprocessing, pickle, sys, time
+from gfl_jax.data.pipeline import batches
+
+if __name__ == "__main__":
+    plan, split, data = pickle.load(open(sys.argv[1], "rb"))
+    loaded = batches(plan, split, range(1000), data)
+    next(loaded)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks into /proc")
+def test_workers_end_when_the_training_process_is_killed(split, tmp_path):
+    data = dataclasses.replace(DATA, workers=1)
+    plan = train_plan(data, split, batch_size=3, seed=3)
+    (tmp_path / "consumer.py").write_text(CONSUMER)
+    (tmp_path / "plan").write_bytes(pickle.dumps((plan, split, data)))
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "consumer.py", tmp_path / "plan"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        (worker,) = process.stdout.readline().split()
+        process.kill()
+    status = Path(f"/proc/{worker}/status")
+    deadline = time.monotonic() + 30
+    while status.exists() and "State:\tZ" not in status.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
