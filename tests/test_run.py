@@ -91,7 +91,6 @@ def test_only_the_weights_are_read(tmp_path, state):
         Checkpoints(tmp_path / "checkpoints").restore(like.items())
 
 
-@pytest.mark.skip(reason="until custom losses are looked up when first called")
 def test_opening_runs_no_file_of_the_user(tmp_path, state):
     """Nor does it need the file that a custom loss was in."""
     file = tmp_path / "losses.py"
@@ -138,7 +137,6 @@ def test_weights_of_format_0_are_found_in_the_whole_state(tmp_path, state, ema_d
         Checkpoints(tmp_path / "checkpoints").restore(state.items())
 
 
-@pytest.mark.skip(reason="until custom losses are looked up when first called")
 def test_custom_losses_of_format_0_have_another_name():
     stored = to_dict(Experiment(detector=Detector(box_loss=CustomBoxLoss("a.b:loss"))))
     stored["detector"]["box_loss"]["kind"] = "OwnBoxLoss"

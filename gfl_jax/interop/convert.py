@@ -1,13 +1,13 @@
 """PyTorch checkpoints in and out: `gfl-jax convert SRC DST`.
 
-SRC a .pth or .safetensors file, DST a folder: a GFL, ATSS, FCOS, FoveaBox, RetinaNet or SSD512 of
-mmdetection (2.x or 3.x); or a torchvision or timm ResNet or the VGG-16 of SSD, which gets a random
-neck and head. DST becomes a work directory whose checkpoint is step 0: `python eval.py DST`
-evaluates it, `python train.py CONFIG --workdir DST` trains on from it.
+From PyTorch: SRC is a .pth or .safetensors file of mmdetection (2.x or 3.x) with a GFL, ATSS, FCOS,
+FoveaBox, RetinaNet or SSD512; or a ResNet of torchvision or timm, or the VGG-16 of SSD, which gets
+a random neck and head. DST becomes a work directory whose checkpoint is step 0: `gfl-jax eval DST`
+evaluates it, `gfl-jax train CONFIG --workdir DST` trains on from it.
 
-SRC a work directory or a folder of checkpoints, DST a new .pth file: written as mmdetection 3.x
-names and lays out its arrays (needs torch). What came in comes out bit by bit. The experiment goes
-with them, so that every detector can be written and read again, also one mmdetection has not.
+To PyTorch: SRC is a work directory or a folder of checkpoints, DST a new .pth file with the names
+and layouts of mmdetection 3.x (needs torch). What came in comes out bit by bit. The file carries
+the experiment too, so that detectors without a counterpart in mmdetection can be read back.
 """
 
 import dataclasses
@@ -224,7 +224,7 @@ def import_checkpoint(
     Args:
         source: a detector or a backbone.
         folder: to be made.
-        config: file of the experiment, otherwise told from the arrays.
+        config: file of the experiment, otherwise inferred from the arrays.
         annotations: COCO json whose categories are the classes, where the file does not say.
 
     Returns:
@@ -328,8 +328,8 @@ def main(
         src: a local .pth or .safetensors file; or a work directory or folder of checkpoints, local
             or gs://.
         dst: the work directory to make, local or gs://; or the local .pth file to write.
-        config: config of the model, where the arrays alone do not tell it.
-        annotations: COCO json whose categories are the classes, where the file does not name them.
+        config: config of the model, if it cannot be inferred from the arrays.
+        annotations: COCO json whose categories are the classes, if the file does not name them.
     """
     if as_path(src).is_dir():
         file = local_path(dst, "DST")
@@ -342,5 +342,5 @@ def main(
         print(
             f"{count} arrays of {src}, every one used, none missing: step 0 of {dst}\n"
             f"{experiment.model}\n{experiment.detector}\n"
-            f"next: python eval.py {dst} --data.root FOLDER"
+            f"next: gfl-jax eval {dst} --data.root FOLDER"
         )
