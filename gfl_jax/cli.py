@@ -2,7 +2,7 @@
 
 A command takes a config (or a work directory) and then flags. Every field of a dataclass is a flag,
 with the field's entry in the `Attributes:` section of the class as its help. Where a field holds
-one of several kinds of value, the field itself is a flag too, which exchanges the kind:
+one of several kinds of value, the field itself is a flag too, which selects the kind:
 
     gfl-jax train gfl_r50_fpn_1x_coco --detector.assigner FCOS --detector.assigner.center-radius 1.5
 """

@@ -25,7 +25,7 @@ from gfl_jax.detectors.classification import Focal
 from gfl_jax.detectors.dense import Detector, Losses
 from gfl_jax.detectors.quality import GuidedQuality
 from gfl_jax.distributed import Pmap, ShardMap, ahead, parallel
-from gfl_jax.models.heads import Outputs, Predicts
+from gfl_jax.models.heads import Outputs, OutputSpec
 from gfl_jax.models.layers import normalization
 from gfl_jax.models.network import Variables
 
@@ -280,7 +280,7 @@ class Energy:
 @pytest.fixture
 def quick(linear_network):
     """Makes trainers that compile at once."""
-    network = linear_network(None, Predicts(CLASSES, 8))
+    network = linear_network(None, OutputSpec(CLASSES, 8))
     return lambda mapping: Trainer(network, MAPPINGS[mapping](), Energy())
 
 

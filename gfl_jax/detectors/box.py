@@ -1,7 +1,7 @@
 """Box representations, and what pulls boxes towards objects: two of a detector's five choices.
 
 A representation turns the regression output of a prior into a box and back. Boxes, points and
-anchors are in strides of the prior's level here, where objects of all levels look alike.
+anchors are in strides of the prior's level: objects of all levels have similar sizes in them.
 """
 
 import dataclasses
@@ -96,7 +96,7 @@ class GeneralDistribution:
         return 4 * (self.n + 1)
 
     def logits(self, raw: Float[Array, "*priors channels"]) -> Float[Array, "*priors 4 bins"]:
-        """The head's channels as one row of bin logits a side."""
+        """The head's channels as one row of bin logits per side."""
         return raw.reshape(*raw.shape[:-1], 4, self.n + 1)
 
     def integral(self, logits: Float[Array, "*priors 4 bins"]) -> Float[Array, "*priors 4"]:

@@ -29,7 +29,7 @@ from gfl_jax.detectors.inference import Candidates, Detections, Inference, candi
 from gfl_jax.detectors.matching import Counting, Matches, frame_of, match, normalizers
 from gfl_jax.detectors.quality import JointQuality, Measures, Quality, centerness
 from gfl_jax.errors import InputError
-from gfl_jax.models.heads import Outputs, Predicts
+from gfl_jax.models.heads import Outputs, OutputSpec
 from gfl_jax.priors import PriorGenerator, Priors, SquareAnchors, flatten
 
 
@@ -100,9 +100,9 @@ class Detector:
         self.classification.resolve()
         self.box_loss.resolve()
 
-    def predicts(self, num_classes: int) -> Predicts:
+    def predicts(self, num_classes: int) -> OutputSpec:
         """What a head must predict for this detector."""
-        return Predicts(
+        return OutputSpec(
             cls=self.classification.channels(num_classes),
             box=self.box.channels,
             quality=self.quality.branch,
@@ -128,7 +128,7 @@ class Detector:
         Returns:
             loss_cls = sum of the classification loss / N_pos, for GFL that of QFL; loss_bbox =
             box_weight * sum w_i L_i / W, for GFL L is GIoU; loss_dfl (loss_nll for a Gaussian)
-            likewise with dfl_weight and the mean over the sides of DFL; loss_centerness or loss_iou
+            the same with dfl_weight and DFL averaged over the sides; loss_centerness or loss_iou
             = cross entropy of a quality branch / N_pos. W = max(sum w_i, min_weight), or N_pos
             without weights.
         """
@@ -143,16 +143,16 @@ class Detector:
         global_sum: Callable[[Array], Array] = lambda x: x,
     ) -> dict[str, Float[Array, "b priors"]]:
         """What each prior adds to each term of `losses`."""
-        # Match: what each prior is to learn.
+        # Match: the target of each prior.
         priors = self.priors_of(outputs)
         frame = frame_of(priors)
         trained, _, positive, label, target, metric = self.match(outputs, batch)
         logits = flatten(outputs.cls_logits, priors.per_cell)
         raw = flatten(outputs.box_logits, priors.per_cell)
-        raw = jnp.where(positive[..., None], raw, 0.0)  # negatives have harmless boxes
+        raw = jnp.where(positive[..., None], raw, 0.0)  # harmless boxes for negatives
         boxes = self.box.decode(raw, frame)
 
-        # Label and weigh by the quality, which is a constant: training through it collapses.
+        # Label and weight by the quality, a constant: training through it collapses.
         scores = self.classification.scores(logits)
         measures = Measures(
             predicted=scores.max(-1),
@@ -193,11 +193,11 @@ class Detector:
         return terms
 
     def priors_of(self, outputs: Outputs) -> Priors:
-        """The priors of the canvas that these outputs are of."""
+        """The priors of the canvas that these outputs belong to."""
         return self.priors([(x.shape[1], x.shape[2]) for x in outputs.cls_logits])
 
     def match(self, outputs: Outputs, batch: Batch) -> Matches:
-        """What each prior is to learn, see `gfl_jax.detectors.matching`."""
+        """The target of each prior, see `gfl_jax.detectors.matching`."""
         priors = self.priors_of(outputs)
         predicted = None
         if self.assigner.sees_predictions:

@@ -1,7 +1,7 @@
-"""Matching: from priors and the objects of a batch to what each prior is to learn.
+"""Matching: from priors and the objects of a batch to the target of each prior.
 
-Boxes, points and anchors are in strides of the prior's level, where objects of all levels look
-alike.
+Boxes, points and anchors are in strides of the prior's level: in these units objects of all levels
+have similar sizes.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def frame_of(priors: Priors) -> Frame:
 
 
 class Matches(NamedTuple):
-    """What each prior is to learn.
+    """The target of each prior.
 
     Attributes:
         trained: whether its classification is trained at all: it is neither in the padding nor
@@ -70,7 +70,7 @@ def match(
         assigner: which priors answer for which object.
         priors: of the canvas.
         batch: images and objects.
-        predicted: what each prior now predicts, if the assigner sees predictions.
+        predicted: current predictions of the priors, if the assigner sees them.
     """
     trained = priors.trained(batch.sizes) & batch.image_mask[:, None]
     objects = Objects(batch.boxes, batch.box_mask, batch.labels)

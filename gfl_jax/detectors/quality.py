@@ -1,6 +1,6 @@
 """Representations of localization quality, the rows of table 1a: one of a detector's five choices.
 
-Quality says how well a positive is placed, by its centerness, by the IoU of its predicted box or by
+Quality says how well a positive is localized: by its centerness, the IoU of its predicted box or
 the assigner's metric. Whatever it is used for, it is a constant: training through it collapses.
 """
 
@@ -22,10 +22,10 @@ Weighting = Literal["predicted", "iou", "centerness", "metric", "none"]
 
 
 class Measures(NamedTuple):
-    """What can be said of how well each positive is placed; constants.
+    """Measures of how well each positive is localized; constants.
 
     Attributes:
-        predicted: the highest class score that it now predicts, of whatever class.
+        predicted: the highest class score that it currently predicts, of any class.
         iou: of its predicted box with its object.
         centerness: of the prior in its object.
         metric: of the assigner.
@@ -40,7 +40,7 @@ class Measures(NamedTuple):
 
 
 class _Quality:
-    """What a quality is asked for; the answers of one that does nothing."""
+    """The interface of a quality, with the behaviour of one that changes nothing."""
 
     soft = False
     """Whether labels lie between 0 and 1."""
@@ -52,7 +52,7 @@ class _Quality:
 
     @property
     def weighting(self) -> Weighting:
-        """The measure that weighs the box losses of a positive."""
+        """The measure that weights the box losses of a positive."""
         return "none"
 
     def label(self, measures: Measures) -> Float[Array, "b priors"]:
@@ -92,7 +92,7 @@ class NoQuality(_Quality):
     """The score is that of the class alone: 'w/o quality branch'.
 
     Attributes:
-        weighting: the measure that weighs the box losses of a positive.
+        weighting: the measure that weights the box losses of a positive.
     """
 
     weighting: Weighting = "none"
@@ -102,7 +102,7 @@ class NoQuality(_Quality):
 class QualityBranch(_Quality):
     """One more output predicts the quality, which multiplies the score.
 
-    'centerness-branch' (FCOS, ATSS) and 'IoU-branch'. The quality weighs the box losses.
+    'centerness-branch' (FCOS, ATSS) and 'IoU-branch'. The quality weights the box losses.
 
     Attributes:
         measure: the quality.
@@ -129,14 +129,14 @@ class QualityBranch(_Quality):
 
 @dataclasses.dataclass(frozen=True)
 class GuidedQuality(_Quality):
-    """The quality weighs the classification loss of positives: '-guided' (arXiv 1908.05641).
+    """The quality weights the classification loss of positives: '-guided' (arXiv 1908.05641).
 
     w_i = q_i^eta sum_j L_j / sum_j q_j^eta L_j, which leaves the sum of their losses L as it is.
 
     Attributes:
         measure: the quality q.
         eta: its power.
-        weighting: the measure that weighs the box losses of a positive.
+        weighting: the measure that weights the box losses of a positive.
     """
 
     measure: Measure = "iou"
@@ -163,7 +163,7 @@ class JointQuality(_Quality):
     """Quality representation of GFL, section 3.1: the score of the true class *is* the IoU.
 
     Attributes:
-        weighting: the measure that weighs box and distribution losses. 'predicted' is the authors'
+        weighting: the measure that weights box and distribution losses. 'predicted' is the authors'
             code; they found no difference between it and 'iou'.
         measure: the label: the IoU, or the metric of the assigner.
     """

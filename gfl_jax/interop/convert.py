@@ -127,7 +127,7 @@ def count_classes(arrays: Mapping[str, np.ndarray], experiment: Experiment) -> i
     if rest:
         raise InputError(
             f"{last} has {channels} channels, no multiple of the "
-            f"{detector.priors.per_cell[0]} priors a cell of {detector.priors}"
+            f"{detector.priors.per_cell[0]} priors per cell of {detector.priors}"
         )
     return classes - detector.classification.channels(0)
 

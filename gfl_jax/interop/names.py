@@ -20,7 +20,7 @@ def torch_name(path: tuple) -> str:
     """Returns the PyTorch name of an NNX path.
 
     The leaf 'scale' under 'scales' (the scalars after the regression branch) keeps its name, and
-    the 'layers' of an `nnx.Sequential`, told by the index after it, has no counterpart.
+    the 'layers' of an `nnx.Sequential`, recognised by the index after it, has no counterpart.
     """
     *modules, leaf = path
     if not (leaf == "scale" and "scales" in modules):

@@ -33,7 +33,7 @@ def stages(network: Network, detector: Detector, variables: Variables, batch: Ba
         `assign.box_targets` in pixels, `assign.parameters`: the same as parameters of the box
         representation, `assign.centerness`, `assign.num_pos`; for each loss term `loss.NAME`,
         `loss.NAME.parts` by level and `loss.NAME.images` by image; `raw.boxes.I`, `raw.scores.I`,
-        `raw.labels.I`: candidates of image I above the threshold, and `det.*` alike: its
+        `raw.labels.I`: candidates of image I above the threshold, and `det.*`: its
         detections.
     """
 

@@ -35,7 +35,7 @@ class Outputs(NamedTuple):
     quality_logits: Sequence[Float[Array, "b _ _ priors"]] = ()
 
 
-class Predicts(NamedTuple):
+class OutputSpec(NamedTuple):
     """What a head has to predict.
 
     Attributes:
@@ -82,7 +82,7 @@ class DenseHead(nnx.Module):
     def __init__(
         self,
         in_features: int,
-        predicts: Predicts,
+        predicts: OutputSpec,
         head: Head = Head(),
         *,
         dtype: DTypeLike = jnp.float32,

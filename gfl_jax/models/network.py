@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from gfl_jax.models.fpn import FPN, Neck
-from gfl_jax.models.heads import DenseHead, Head, Outputs, Predicts
+from gfl_jax.models.heads import DenseHead, Head, Outputs, OutputSpec
 from gfl_jax.models.layers import Constant
 from gfl_jax.models.resnet import Backbone, ResNet, out_features
 from gfl_jax.models.ssd import SSDModel
@@ -70,7 +70,7 @@ class Model:
         """Path in `bbox_head` of the convolution that predicts class logits."""
         return f"{self.head.names}_cls"
 
-    def build(self, predicts: Predicts, *, rngs: nnx.Rngs) -> "DenseNetwork":
+    def build(self, predicts: OutputSpec, *, rngs: nnx.Rngs) -> "DenseNetwork":
         """The network, with random weights."""
         return DenseNetwork(self, predicts, rngs=rngs)
 
@@ -126,7 +126,7 @@ AnyModel = Model | SSDModel
 class DenseNetwork(nnx.Module):
     """Backbone, neck and head; images normalised, P3..P7 inside."""
 
-    def __init__(self, model: Model, predicts: Predicts, *, rngs: nnx.Rngs):
+    def __init__(self, model: Model, predicts: OutputSpec, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(model.dtype)
         resnet = model.backbone
         self.backbone = ResNet(
@@ -149,7 +149,7 @@ class DenseNetwork(nnx.Module):
 class Network:
     """`init` makes the arrays, `apply` is the pure forward pass over them."""
 
-    def __init__(self, model: AnyModel, predicts: Predicts):
+    def __init__(self, model: AnyModel, predicts: OutputSpec):
         """Describe the network; nothing is computed yet.
 
         Args:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from gfl_jax.models.heads import Outputs, Predicts
+from gfl_jax.models.heads import Outputs, OutputSpec
 from gfl_jax.models.layers import ConvModule, conv2d, max_pool
 from gfl_jax.priors import SSDBoxes
 
@@ -49,7 +49,7 @@ class SSDModel:
     channel_order = "rgb"
     cls_conv = "cls_convs.0.0"
 
-    def build(self, predicts: Predicts, *, rngs: nnx.Rngs) -> "SSD":
+    def build(self, predicts: OutputSpec, *, rngs: nnx.Rngs) -> "SSD":
         """The network, with random weights."""
         return SSD(self, predicts, rngs=rngs)
 
@@ -177,7 +177,7 @@ class SSDHead(nnx.Module):
     """One convolution for classes and one for boxes at each level."""
 
     def __init__(
-        self, in_features: Sequence[int], predicts: Predicts, *, dtype: DTypeLike, rngs: nnx.Rngs
+        self, in_features: Sequence[int], predicts: OutputSpec, *, dtype: DTypeLike, rngs: nnx.Rngs
     ):
         if len(in_features) != len(predicts.per_cell):
             raise ValueError(
@@ -222,7 +222,7 @@ class SSDHead(nnx.Module):
 class SSD(nnx.Module):
     """Backbone, neck and head; images normalised."""
 
-    def __init__(self, model: SSDModel, predicts: Predicts, *, rngs: nnx.Rngs):
+    def __init__(self, model: SSDModel, predicts: OutputSpec, *, rngs: nnx.Rngs):
         dtype, width = jnp.dtype(model.dtype), model.width
         features = [8 * width, 16 * width, 8 * width] + [4 * width] * (model.extra_levels - 1)
         self.backbone = VGG(width, dtype=dtype, rngs=rngs)

@@ -47,7 +47,7 @@ def small(experiment: Experiment, num_images: int) -> Experiment:
     """The same choices as a laptop trains them in a few minutes.
 
     A ResNet-18 of half width (SSD: VGG of a quarter) from random weights, pyramid and head 64 wide
-    with two convolutions a tower, and as many steps of eight images as take the time of 1500 at
+    with two convolutions per tower, and as many steps of eight images as take the time of 1500 at
     128 x 128 pixels. Towers have GroupNorm, also those of RetinaNet and FoveaBox: without one they
     learn nothing from random weights in this time.
 

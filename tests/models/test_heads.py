@@ -10,7 +10,7 @@ from flax import nnx
 
 from gfl_jax import systems
 from gfl_jax.models.fpn import Neck
-from gfl_jax.models.heads import DenseHead, Head, Predicts
+from gfl_jax.models.heads import DenseHead, Head, OutputSpec
 from gfl_jax.models.network import Model, Network
 
 LEVELS = ((8, 6), (4, 3), (2, 2), (1, 1), (1, 1))
@@ -47,7 +47,7 @@ def tower(convs, x):
     ],
 )
 def test_branches_end_the_towers_they_are_on(quality_on, scales, norm, boxes):
-    predicts = Predicts(cls=5, box=4, quality="iou", per_cell=(boxes,) * 5)
+    predicts = OutputSpec(cls=5, box=4, quality="iou", per_cell=(boxes,) * 5)
     head = Head("conv", 32, 2, norm=norm, quality_on=quality_on, scales=scales)
     built = build(predicts, head)
     assert len(built.scales) == (5 if scales else 0)
@@ -66,7 +66,7 @@ def test_branches_end_the_towers_they_are_on(quality_on, scales, norm, boxes):
 
 
 def test_without_a_norm_towers_are_biased_convolutions():
-    built = build(Predicts(5, 4), Head("retina", 6, 2, norm="none"))  # 32 groups do not fit in 6
+    built = build(OutputSpec(5, 4), Head("retina", 6, 2, norm="none"))  # 32 groups do not fit in 6
     for convs in (built.cls_convs, built.reg_convs):
         x = levels()[0]
         for module in convs:
@@ -80,7 +80,7 @@ def test_without_a_norm_towers_are_biased_convolutions():
 
 @pytest.mark.parametrize("conv_bias", [False, True])
 def test_before_a_norm_convolutions_have_biases_if_told_to(conv_bias):
-    built = build(Predicts(5, 4), Head("conv", 32, 1, conv_bias=conv_bias))
+    built = build(OutputSpec(5, 4), Head("conv", 32, 1, conv_bias=conv_bias))
     (module,) = built.cls_convs
     assert (module.conv.bias is not None) == conv_bias
     x = module.conv(levels()[0])
@@ -91,7 +91,7 @@ def test_before_a_norm_convolutions_have_biases_if_told_to(conv_bias):
 
 @pytest.mark.parametrize("bias", [None, 0.0, -2.0])
 def test_initial_head_with_a_quality_branch(bias):
-    predicts = Predicts(8, 4, quality="centerness", per_cell=(9,) * 5)
+    predicts = OutputSpec(8, 4, quality="centerness", per_cell=(9,) * 5)
     predicts = predicts if bias is None else predicts._replace(cls_bias=bias)
     head = DenseHead(32, predicts, Head("atss", 32, 1), rngs=nnx.Rngs(0))
     for conv in (head.atss_cls, head.atss_reg, head.atss_centerness):
@@ -105,11 +105,11 @@ def test_initial_head_with_a_quality_branch(bias):
 
 def test_a_shared_head_needs_as_many_priors_on_every_level():
     with pytest.raises(ValueError, match=r"\(1, 1, 3, 1, 1\) priors"):
-        DenseHead(8, Predicts(5, 4, per_cell=(1, 1, 3, 1, 1)), Head(width=32), rngs=nnx.Rngs(0))
+        DenseHead(8, OutputSpec(5, 4, per_cell=(1, 1, 3, 1, 1)), Head(width=32), rngs=nnx.Rngs(0))
 
 
 def test_logits_of_bfloat16_networks_are_not_rounded_to_it():
-    predicts = Predicts(cls=5, box=4, quality="iou", per_cell=(2,) * 5)
+    predicts = OutputSpec(cls=5, box=4, quality="iou", per_cell=(2,) * 5)
     head = DenseHead(8, predicts, Head("conv", 32, 1), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     for part in head([x.astype(jnp.bfloat16) for x in levels()]):
         x = np.concatenate([np.ravel(level) for level in part])
@@ -162,10 +162,10 @@ def test_heads_have_the_names_and_sizes_of_the_reference(name, last, norm, bias,
     [
         (
             Head("retina", norm="none", scales=False),
-            Predicts(91, 4, per_cell=(9,) * 5),
+            OutputSpec(91, 4, per_cell=(9,) * 5),
             34_014_999,
         ),
-        (Head("conv", conv_bias=True, scales=False), Predicts(91, 4, "centerness"), 32_269_600),
+        (Head("conv", conv_bias=True, scales=False), OutputSpec(91, 4, "centerness"), 32_269_600),
     ],
     ids=["retinanet_resnet50_fpn", "fcos_resnet50_fpn"],
 )

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.fpn import Neck
-from gfl_jax.models.heads import DenseHead, Head, Predicts
+from gfl_jax.models.heads import DenseHead, Head, OutputSpec
 from gfl_jax.models.network import Backbone, Model, Network, Variables
 from gfl_jax.models.resnet import ResNet, _Block
 
@@ -28,7 +28,7 @@ def tiny(norm="frozen_bn", dtype="float32", width=8, **backbone):
     """A network of 64 x 64 pixels that is compiled in seconds."""
     backbone = Backbone(depth=18, width=width, norm=norm, **backbone)
     model = Model(backbone, Neck(32), Head(width=32, stacked_convs=1), dtype=dtype)
-    return Network(model, Predicts(CLASSES, BOX_CHANNELS))
+    return Network(model, OutputSpec(CLASSES, BOX_CHANNELS))
 
 
 @functools.cache
@@ -214,7 +214,7 @@ def test_impossible_backbones_are_named():
 
 
 def test_initial_head_is_that_of_the_reference():
-    head = DenseHead(64, Predicts(64, 64), Head(width=64, stacked_convs=1), rngs=nnx.Rngs(0))
+    head = DenseHead(64, OutputSpec(64, 64), Head(width=64, stacked_convs=1), rngs=nnx.Rngs(0))
     for conv in (head.gfl_cls, head.gfl_reg, head.cls_convs[0].conv, head.reg_convs[0].conv):
         kernel = np.asarray(conv.kernel[...])
         assert abs(kernel.mean()) < 5e-4

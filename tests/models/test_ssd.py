@@ -14,13 +14,13 @@ from gfl_jax import systems
 from gfl_jax.detectors.classification import Focal, QualityFocal, SoftmaxMining
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.quality import NoQuality
-from gfl_jax.models.heads import Predicts
+from gfl_jax.models.heads import OutputSpec
 from gfl_jax.models.network import Network
 from gfl_jax.models.ssd import L2Norm, SSDHead, SSDModel
 from gfl_jax.priors import SSDBoxes
 
 SMALL = SSDModel(width=4, extra_levels=3)  # of 128 x 128 pixels
-SMALL_PREDICTS = Predicts(cls=5, box=4, per_cell=(4, 6, 6, 4, 4))
+SMALL_PREDICTS = OutputSpec(cls=5, box=4, per_cell=(4, 6, 6, 4, 4))
 
 
 @functools.cache
@@ -87,7 +87,7 @@ def test_a_narrow_ssd_with_fewer_levels_is_for_fewer_pixels():
 
 def test_ssd_has_the_parameters_of_torchvisions():
     """Of ssd300_vgg16, whose last convolution is 3 x 3 and not 4 x 4."""
-    predicts = Predicts(cls=91, box=4, per_cell=(4, 6, 6, 6, 4, 4))
+    predicts = OutputSpec(cls=91, box=4, per_cell=(4, 6, 6, 6, 4, 4))
     params, frozen, stats = abstract(Network(SSDModel(extra_levels=4), predicts))
     found = sum(math.prod(array.shape) for array in params.values())
     assert found - 128 * 256 * (16 - 9) == 35_641_826
@@ -124,7 +124,7 @@ def test_outputs_are_float32_whatever_the_convolutions_are(dtype):
 
 
 def test_logits_of_bfloat16_networks_are_not_rounded_to_it():
-    head = SSDHead((8, 16), Predicts(5, 4, per_cell=(4, 4)), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    head = SSDHead((8, 16), OutputSpec(5, 4, per_cell=(4, 4)), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     levels = [jnp.asarray(rng.normal(size=(2, 4, 4, c)), jnp.bfloat16) for c in (8, 16)]
     for x in jax.tree.leaves(head(levels)):
@@ -226,7 +226,9 @@ def test_a_sigmoid_classification_starts_at_a_score_of_a_hundredth(classificatio
 
 
 def test_kernels_of_the_head_are_xaviers():
-    head = SSDHead((64, 64), Predicts(16, 4, per_cell=(4, 4)), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    head = SSDHead(
+        (64, 64), OutputSpec(16, 4, per_cell=(4, 4)), dtype=jnp.float32, rngs=nnx.Rngs(0)
+    )
     for (conv,) in head.cls_convs:
         kernel, limit = np.asarray(conv.kernel[...]), math.sqrt(6 / (9 * (64 + 64)))
         assert np.abs(kernel).max() <= limit

@@ -6,7 +6,7 @@ import numpy as np
 
 from gfl_jax.data import images
 from gfl_jax.data.batch import Sample, pad
-from gfl_jax.models.heads import Predicts
+from gfl_jax.models.heads import OutputSpec
 from gfl_jax.models.network import Model, Network
 
 
@@ -45,7 +45,7 @@ def test_normalise_and_pad(pipeline_case, compare):
     }
     for colours, (mean, std, order) in preprocessing.items():
         model = Model(mean=mean, std=std, channel_order=order)
-        network = Network(model, Predicts(cls=1, box=4))
+        network = Network(model, OutputSpec(cls=1, box=4))
         ours = np.asarray(network.normalize(batch.images, batch.sizes)).transpose(0, 3, 1, 2)
         assert ours.shape == tuple(pipeline_case[f"batch_shape.{colours}"])
         padded = -(-batch.sizes // 32) * 32
