@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from gfl_jax.boxes import boxes_to_distances, intersection, pairwise_iou
+from gfl_jax.errors import InputError
 from gfl_jax.priors import Priors
 from gfl_jax.scores import Scores
 
@@ -160,7 +161,7 @@ class MaxIoU(_Geometric):
 
     def __post_init__(self):
         if not 0 <= self.negative <= self.positive <= 1:
-            raise ValueError(
+            raise InputError(
                 f"assigner.negative {self.negative} and assigner.positive {self.positive} must be "
                 "0 <= negative <= positive <= 1"
             )

@@ -1,7 +1,4 @@
-"""Where predictions live: anchors or points of a canvas, one level after another, finest first.
-
-Within a level they are row-major over the cells (y, x), and the priors of one cell lie together.
-"""
+"""Where predictions live: anchors or points by level (finest first), row, column, and in a cell."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,6 +7,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from gfl_jax.errors import InputError
 
 PAD_MULTIPLE = 32
 """Images count as padded to this multiple when it is decided which of their cells exist."""
@@ -92,7 +91,7 @@ def _grid(
 ) -> Priors:
     """Priors of these (width, height) in pixels, level by level, around every cell's centre."""
     if len(level_sizes) != len(strides):
-        raise ValueError(f"{len(level_sizes)} levels of features, but strides {tuple(strides)}")
+        raise InputError(f"{len(level_sizes)} levels of features, but strides {tuple(strides)}")
     boxes, centers, cells = [], [], []
     for (height, width), stride, shape in zip(level_sizes, strides, shapes, strict=True):
         y, x = np.mgrid[:height, :width].reshape(2, -1)
@@ -198,7 +197,7 @@ class SSDBoxes(_Generator):
 
     def __post_init__(self):
         if len(self.ratios) != len(self.strides) or len(self.strides) < 3:
-            raise ValueError(
+            raise InputError(
                 f"priors.ratios has {len(self.ratios)} levels, priors.strides {len(self.strides)}; "
                 "SSD needs as many of both, at least 3"
             )

@@ -16,6 +16,7 @@ from gfl_jax.boxes import boxes_to_distances, distances_to_boxes
 from gfl_jax.detectors.custom import BuiltIn, Custom
 from gfl_jax.detectors.dirac import Deltas, Distances, LogDistances
 from gfl_jax.detectors.matching import Frame
+from gfl_jax.errors import InputError
 
 
 class Regression(NamedTuple):
@@ -88,7 +89,7 @@ class GeneralDistribution:
 
     def __post_init__(self):
         if self.n < 1 or self.delta <= 0:
-            raise ValueError(f"detector.box needs n >= 1 and delta > 0, it is {self}")
+            raise InputError(f"detector.box needs n >= 1 and delta > 0, it is {self}")
 
     @property
     def channels(self) -> int:

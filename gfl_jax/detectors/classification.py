@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from gfl_jax import losses
 from gfl_jax.detectors.custom import BuiltIn, Custom
+from gfl_jax.errors import InputError
 from gfl_jax.models.heads import PRIOR_BIAS
 from gfl_jax.scores import Logits, Scores, as_logits, as_scores, probability
 
@@ -58,7 +59,7 @@ class QualityFocal(_Sigmoid, BuiltIn):
 
     def __post_init__(self):
         if self.beta < 0:
-            raise ValueError(f"detector.classification.beta is {self.beta}; it must be >= 0")
+            raise InputError(f"detector.classification.beta is {self.beta}; it must be >= 0")
 
     def __call__(
         self, logits: Logits, targets: Float[Array, "*b classes"]

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from gfl_jax.errors import InputError
 from gfl_jax.models.layers import ConvModule, conv2d
 
 _normal = nnx.initializers.normal(0.01)
@@ -102,7 +103,7 @@ class DenseHead(nnx.Module):
             ValueError: The levels have different numbers of priors per cell.
         """
         if len(set(predicts.per_cell)) > 1:
-            raise ValueError(
+            raise InputError(
                 f"this head is shared by all levels; detector.priors have {predicts.per_cell} "
                 "priors per cell"
             )

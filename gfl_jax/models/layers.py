@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from gfl_jax.distributed import AXIS
+from gfl_jax.errors import InputError
 from gfl_jax.models.conv_grad import conv_general_dilated
 
 Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
@@ -135,7 +136,7 @@ def normalization(
         )
     if kind == "gn":
         if features % groups:
-            raise ValueError(f"{groups} groups of GroupNorm cannot share {features} channels")
+            raise InputError(f"{groups} groups of GroupNorm cannot share {features} channels")
         # Two passes (mean, then squared deviations): E[x^2] - E[x]^2 loses digits of the reference.
         return nnx.GroupNorm(
             features,
@@ -146,7 +147,7 @@ def normalization(
             dtype=dtype,
             rngs=rngs,
         )
-    raise ValueError(f"norm {kind!r} is unknown; use 'frozen_bn', 'bn', 'sync_bn' or 'gn'")
+    raise InputError(f"norm {kind!r} is unknown; use 'frozen_bn', 'bn', 'sync_bn' or 'gn'")
 
 
 class ConvModule(nnx.Module):

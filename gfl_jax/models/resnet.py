@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from gfl_jax.errors import InputError
 from gfl_jax.models.layers import Norm, conv2d, max_pool, normalization
 
 # Kaiming normal over the fan-out, as both torchvision and mmdet initialise ResNet convolutions.
@@ -53,9 +54,9 @@ class Backbone:
 
     def __post_init__(self):
         if not -1 <= self.frozen_stages <= 4:
-            raise ValueError(f"backbone.frozen_stages is {self.frozen_stages}; it must be -1 to 4")
+            raise InputError(f"backbone.frozen_stages is {self.frozen_stages}; it must be -1 to 4")
         if self.norm in ("bn", "sync_bn") and self.frozen_stages >= 0:
-            raise ValueError(
+            raise InputError(
                 f"backbone.norm {self.norm!r} trains the statistics of every stage; "
                 f"backbone.frozen_stages is {self.frozen_stages}: set it to -1, or norm to "
                 "'frozen_bn'"
@@ -150,7 +151,7 @@ class ResNet(nnx.Module):
             ValueError: There is no ResNet of this depth here.
         """
         if depth not in BLOCKS:
-            raise ValueError(f"ResNet depth {depth} is unknown; use one of {sorted(BLOCKS)}")
+            raise InputError(f"ResNet depth {depth} is unknown; use one of {sorted(BLOCKS)}")
         self.conv1 = conv2d(
             3, width, 7, stride=2, bias=False, kernel_init=_kaiming, dtype=dtype, rngs=rngs
         )

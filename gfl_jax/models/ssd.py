@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from gfl_jax.errors import InputError
 from gfl_jax.models.heads import Outputs, OutputSpec
 from gfl_jax.models.layers import ConvModule, conv2d, max_pool
 from gfl_jax.priors import SSDBoxes
@@ -180,12 +181,12 @@ class SSDHead(nnx.Module):
         self, in_features: Sequence[int], predicts: OutputSpec, *, dtype: DTypeLike, rngs: nnx.Rngs
     ):
         if len(in_features) != len(predicts.per_cell):
-            raise ValueError(
+            raise InputError(
                 f"model.extra_levels makes {len(in_features)} levels, detector.priors have "
                 f"{len(predicts.per_cell)}"
             )
         if predicts.quality:
-            raise ValueError("SSD has no quality branch; choose another detector.quality")
+            raise InputError("SSD has no quality branch; choose another detector.quality")
 
         def convs(channels, bias):
             bias_init = nnx.initializers.constant(bias)
