@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: atomic, written in the background, found again by the newest complete step.
+"""Checkpoints by Orbax, local or in a bucket: atomic, and written in the background.
 
 A checkpoint is a few named items, trees of arrays that can be read one without the other, and a
 plain dictionary about them; what these mean is for `gfl_jax.run` to know. A save that was
@@ -60,8 +60,8 @@ class Checkpoints:
                 if checkpoints.step is not None:
                     return checkpoints
         raise MissingFileError(
-            f"no complete checkpoint in {folder}: name a work directory of train.py, or a folder "
-            "whose entries are steps"
+            f"no complete checkpoint in {folder}: name a work directory of `gfl-jax train`, or a "
+            "folder whose entries are steps"
         )
 
     @property
