@@ -299,11 +299,13 @@ def _flags(info: tyro.constructors.StructTypeInfo) -> StructConstructorSpec | No
 def plain_errors() -> Iterator[None]:
     """Ends the program with the message of an error that a user can fix; others pass.
 
-    Those are `UserError`, and errors of the system about a file. Status 2 if the command line
-    cannot be understood, else 1.
+    Those are `UserError`, and what the system itself says of files, disks and connections. Status 2
+    if the command line cannot be understood, otherwise 1.
     """
     try:
         yield
     except (UserError, OSError) as error:
+        if not isinstance(error, UserError) and error.errno is None:
+            raise  # an OSError of a library's own
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

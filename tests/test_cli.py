@@ -386,6 +386,8 @@ def test_a_bug_keeps_its_traceback():
         {}["x"]
     with pytest.raises(RuntimeError), plain_errors():
         raise RuntimeError
+    with pytest.raises(OSError, match="a library's"), plain_errors():
+        raise OSError("a library's own")
 
 
 @pytest.mark.parametrize(
