@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from gfl_jax.detectors.classification import CustomClassification
 from gfl_jax.losses import quality_focal_loss
 from gfl_jax.models.heads import Outputs
 from gfl_jax.systems import variant
+from gfl_jax.training.loop import fit
+from gfl_jax.training.step import Train
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "gfl_r18_custom_losses.py"
 CUSTOM = """
@@ -156,17 +159,18 @@ def test_the_file_is_executed_when_the_loss_is_first_called_and_not_before(tmp_p
     stored = to_dict(experiment)
     assert stored["detector"]["classification"]["function"] == f"{file}:zero"
     assert from_dict(Experiment, stored) == experiment
+    batch = make_batch([2], (64, 64), classes=3)
     outputs = Outputs(
         [jnp.zeros((1, n, n, 3)) for n in (8, 4, 2, 1, 1)],
         [jnp.zeros((1, n, n, 68)) for n in (8, 4, 2, 1, 1)],
     )
-    experiment.detector.detections(outputs, jnp.array([[64, 64]]), jnp.ones((1, 2)))
+    jax.eval_shape(experiment.detector.detections, outputs, batch.sizes, batch.scales)
     assert not ran.exists()
-    losses(experiment.detector, make_batch)
+    jax.eval_shape(experiment.detector.losses, outputs, batch)
     assert ran.read_text() == "x"
 
 
-def test_what_is_stored_opens_after_the_file_has_moved(tmp_path, make_batch):
+def test_what_is_stored_opens_after_the_file_has_moved(tmp_path):
     file = tmp_path / "before.py"
     file.write_text(CUSTOM)
     loss = CustomBoxLoss(f"{file}:ones")
@@ -175,9 +179,28 @@ def test_what_is_stored_opens_after_the_file_has_moved(tmp_path, make_batch):
     detector = from_dict(Experiment, stored).detector
     with pytest.raises(FileNotFoundError, match=r"detector\.box_loss\.function .*before\.py"):
         detector.resolve()
-    renamed = dataclasses.replace(detector, box_loss=CustomBoxLoss(f"{moved}:ones"))
-    renamed.resolve()
-    assert np.isfinite(losses(renamed, make_batch)[0]["loss_bbox"])
+    renamed = dataclasses.replace(detector.box_loss, function=f"{moved}:ones")
+    dataclasses.replace(detector, box_loss=renamed).resolve()
+
+
+def test_training_looks_custom_losses_up_before_its_first_step(tmp_path):
+    """Before anything is made: there is neither data nor a network here."""
+    split = SimpleNamespace(category_ids=[1], category_names=["thing"])
+    wrong = CustomBoxLoss(f"{tmp_path / 'absent.py'}:loss")
+    with pytest.raises(FileNotFoundError, match=r"detector\.box_loss\.function .*absent\.py"):
+        fit(
+            None,
+            dataclasses.replace(Experiment().detector, box_loss=wrong),
+            None,
+            Train(),
+            train_split=split,
+            val_split=split,
+            devices=None,
+            workdir=tmp_path,
+            initial=None,
+            about={},
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_reduced_loss_is_refused_with_the_right_shape(custom, make_batch):
