@@ -1,17 +1,11 @@
-"""Processes and devices: joining, stopping together, and one function mapped over all devices.
-
-`pmap` and `shard_map` give the same results.
+"""One function mapped over all devices, by `pmap` or `shard_map`, with the same results.
 
 Devices may belong to several processes (hosts); each calls everything here at the same time. Trees
-are either replicated (the state) or sharded (a batch: devices share the leading axis). What is
-fetched is a copy: on CPUs numpy would otherwise look into buffers that the next step reuses.
+of arrays are either replicated (the state) or sharded (a batch: devices share the leading axis).
+What is fetched is a copy: on CPUs numpy would otherwise look into buffers that the next step
+reuses.
 """
 
-import contextlib
-import dataclasses
-import os
-import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -22,110 +16,24 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gfl_jax.errors import InputError
+
 T = TypeVar("T")
 
 AXIS = "devices"
 """Name of the mapped axis along which devices share a batch."""
 
-PREEMPTED = 75
-"""Exit status of a run that was told to stop, saved its state, and waits to be started again."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Hosts:
-    """The processes of a run: one a host, or one a GPU.
-
-    start: 'auto' joins others where a coordinator is named, Slurm runs several tasks or the
-        environment lists several TPU hosts; 'always' lets jax ask the cloud's metadata (TPU pod
-        slices entered by ssh), Open MPI or Kubernetes; 'never' trains alone.
-    coordinator: HOST:PORT of process 0; empty: from the environment.
-    count, index: how many processes, and which of them this is; -1: from the environment.
-    timeout: seconds of silence after which a process counts as dead and the others stop.
-    """
-
-    start: Literal["auto", "always", "never"] = "auto"
-    coordinator: str = ""
-    count: int = -1
-    index: int = -1
-    timeout: int = 100
-
-    def __post_init__(self):
-        if self.coordinator and ":" not in self.coordinator:
-            raise ValueError(f"hosts.coordinator is {self.coordinator!r}; give HOST:PORT")
-        if (self.count, self.index) != (-1, -1) and not 0 <= self.index < self.count:
-            raise ValueError(
-                f"hosts.count is {self.count} and hosts.index {self.index}; give both, index from "
-                "0 to count - 1, or neither"
-            )
-        if self.timeout <= 0:
-            raise ValueError(f"hosts.timeout is {self.timeout}; it must be positive")
-
-    @property
-    def several(self) -> bool:
-        """Whether to join others."""
-        if self.start != "auto":
-            return self.start == "always"
-        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-        workers = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-        named = self.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-        return bool(named) or int(tasks) > 1 or "," in workers
-
-
-def join(hosts: Hosts) -> None:
-    """Connects this process with the others, if there are any; before anything else uses jax.
-
-    From then on the death of one stops them all with an error, within about `hosts.timeout`. What
-    others than the first print is dropped, their errors are not.
-
-    Args:
-        hosts: which processes.
-    """
-    if hosts.several:
-        jax.distributed.initialize(
-            hosts.coordinator or None,
-            hosts.count if hosts.count > 0 else None,
-            hosts.index if hosts.index >= 0 else None,
-            heartbeat_timeout_seconds=hosts.timeout,
-        )
-        if not is_first():
-            sys.stdout = open(os.devnull, "w")
-
-
-def is_first() -> bool:
-    """Whether this process writes what only one may write: logs, results and pictures."""
-    return jax.process_index() == 0
-
-
-class Preempted(SystemExit):
-    """Ends the program with status PREEMPTED; the state is saved."""
-
-    def __init__(self):
-        super().__init__(PREEMPTED)
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether to stop, because SIGTERM came to any process.
-
-    All processes call it equally often, and to all it says yes at the same call.
-    """
-    if jax.process_count() > 1:
-        calls = iter(range(2**62))  # jax's own handler hears the signal
-        yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
-        return
-    told: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
-    try:
-        yield lambda: bool(told)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+REPLICATED, SHARDED = P(), P(AXIS)
+"""How a tree lies on the devices: whole on each of them, or split along its leading axis."""
 
 
 class Devices:
-    """What both mappings share.
+    """What both mappings have in common.
 
-    count: devices of all processes.  kind: what they are.
-    share: (index, count) of this process among those that share a batch.
+    Attributes:
+        count: number of devices of all processes.
+        kind: what they are, such as 'TPU v5 lite'.
+        share: (index, count) of this process among those that share a batch.
     """
 
     def __init__(self, devices: Sequence[jax.Device]):
@@ -135,21 +43,59 @@ class Devices:
         here = jax.process_index()
         self.share = (processes.index(here) if here in processes else 0, len(processes))
 
-    def agree(self, value: float) -> float:
-        """The number that process 0 has."""
+    def gather(self, values: Any) -> np.ndarray:
+        """The float64 numbers [n] that each process passes, as [processes, n] on all of them."""
+        values = np.ascontiguousarray(values, np.float64).reshape(-1)
         if self.share[1] == 1:
-            return value
-        bits = np.float64(value).reshape(1).view(np.uint32)  # jax would round it to float32
-        bits = np.asarray(multihost_utils.broadcast_one_to_all(bits), np.uint32)
-        return float(bits.view(np.float64)[0])
+            return values[None]
+        bits = multihost_utils.process_allgather(values.view(np.uint32))  # jax rounds to float32
+        return np.ascontiguousarray(bits).view(np.float64)
 
-    def _gathered(self, local: Any) -> Any:
-        """The parts of all processes together, on every host."""
+    def gather_rows(self, rows: np.ndarray) -> np.ndarray:
+        """The float64 rows [n, k] of all processes, process by process; n may differ."""
+        counts = self.gather([len(rows)])[:, 0].astype(int)
+        padded = np.zeros((counts.max(), rows.shape[1]))
+        padded[: len(rows)] = rows
+        parts = self.gather(padded).reshape(len(counts), *padded.shape)
+        return np.concatenate([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+    def from_first(self, value: float) -> float:
+        """The number that process 0 passes."""
+        return float(self.gather([value])[0, 0])
+
+    def check_same(self, value: float, name: str) -> None:
+        """Checks that all processes pass the same number.
+
+        Raises:
+            InputError: on every process, if any passes another one.
+        """
+        values = self.gather([value])[:, 0].tolist()
+        if len(set(values)) > 1:
+            listed = ", ".join(f"{v:g} (process {i})" for i, v in enumerate(values))
+            raise InputError(
+                f"processes differ in {name}: {listed}. All must see the same files; wait for the "
+                "file system, then rerun the same command"
+            )
+
+    def fetch_local(self, tree: Any) -> Any:
+        """This process's part of a sharded tree, on the host."""
+        raise NotImplementedError
+
+    def fetch_sharded(self, tree: Any) -> Any:
+        """The whole of a sharded tree, on every host."""
+        local = self.fetch_local(tree)
         return multihost_utils.process_allgather(local, tiled=True) if self.share[1] > 1 else local
+
+    def fetch_replicated(self, tree: Any) -> Any:
+        """One copy of a replicated tree, on the host."""
+        parts = jax.tree.map(lambda x: x.addressable_data(0), tree)
+        for part in jax.tree.leaves(parts):
+            part.copy_to_host_async()
+        return jax.tree.map(np.array, parts)
 
 
 class Pmap(Devices):
-    """jax.pmap: every array carries a leading axis, one entry a device of this process."""
+    """jax.pmap: every array has a leading axis, with one entry per device of this process."""
 
     def __init__(self, devices: Sequence[jax.Device]):
         super().__init__(devices)
@@ -158,13 +104,22 @@ class Pmap(Devices):
         self._local = len(here)
         self._sharding = NamedSharding(Mesh(np.array(here or devices), (AXIS,)), P(AXIS))
 
-    def map(self, f: Callable, outputs: Sequence[bool], *, donate: bool = False) -> Callable:
-        """`f(replicated, sharded)` over the devices.
+    def map(
+        self,
+        f: Callable,
+        *,
+        inputs: P | tuple[P, ...] = (REPLICATED, SHARDED),
+        outputs: P | tuple[P, ...],
+        donate: bool = False,
+    ) -> Callable:
+        """`f` over the devices.
 
         Args:
-            f: per-device function of a replicated and a sharded tree; may sum over AXIS.
-            outputs: for each output of `f`, whether it is sharded. (With pmap it does not matter.)
-            donate: whether the replicated tree's buffers are reused for the outputs.
+            f: per-device function of trees; may sum over AXIS.
+            inputs: for each argument of `f`, REPLICATED or SHARDED. (pmap needs no such word, as
+                each array has its leading axis.)
+            outputs: the same for each output.
+            donate: whether the buffers of the first argument are reused for the outputs.
         """
         return jax.pmap(f, AXIS, devices=self._devices, donate_argnums=(0,) if donate else ())
 
@@ -175,70 +130,65 @@ class Pmap(Devices):
         return copy(np.zeros(self._local), tree)
 
     def shard(self, tree: Any) -> Any:
-        """This process's part of a host tree, split over its devices by the leading axis."""
+        """This process's part of a host tree, split over its devices along the leading axis."""
         split = jax.tree.map(lambda x: x.reshape(self._local, -1, *x.shape[1:]), tree)
         return jax.device_put(split, self._sharding)
 
     def fetch_replicated(self, tree: Any) -> Any:
         """One copy of a replicated tree, on the host."""
-        return jax.tree.map(lambda x: np.array(x.addressable_data(0)).reshape(x.shape[1:]), tree)
+        return jax.tree.map(lambda x: x.reshape(x.shape[1:]), super().fetch_replicated(tree))
 
-    def fetch_sharded(self, tree: Any) -> Any:
-        """The whole of a sharded tree, on every host."""
-        local = jax.tree.map(lambda x: np.array(x).reshape(-1, *x.shape[2:]), tree)
-        return self._gathered(local)
+    def fetch_local(self, tree: Any) -> Any:
+        """This process's part of a sharded tree, on the host."""
+        return jax.tree.map(lambda x: np.array(x).reshape(-1, *x.shape[2:]), tree)
 
 
 class ShardMap(Devices):
-    """jax.shard_map under jit: on the devices arrays have their global shapes."""
+    """jax.shard_map under jit: arrays have their global shapes."""
 
     def __init__(self, devices: Sequence[jax.Device]):
         super().__init__(devices)
         self._mesh = Mesh(np.array(devices), (AXIS,))
+        # Copies, since arrays that share a buffer cannot be donated to the step; device_put would
+        # share one among devices of a CPU.
+        replicated = NamedSharding(self._mesh, REPLICATED)
+        self._copy = jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=replicated)
 
-    def map(self, f: Callable, outputs: Sequence[bool], *, donate: bool = False) -> Callable:
+    def map(
+        self,
+        f: Callable,
+        *,
+        inputs: P | tuple[P, ...] = (REPLICATED, SHARDED),
+        outputs: P | tuple[P, ...],
+        donate: bool = False,
+    ) -> Callable:
         """See `Pmap.map`."""
-        specs = tuple(P(AXIS) if sharded else P() for sharded in outputs)
         # check_vma=True would sum gradients by itself, on top of the step's own sum.
         mapped = jax.shard_map(
-            f,
-            mesh=self._mesh,
-            in_specs=(P(), P(AXIS)),
-            out_specs=specs if len(specs) > 1 else specs[0],
-            check_vma=False,
+            f, mesh=self._mesh, in_specs=inputs, out_specs=outputs, check_vma=False
         )
         return jax.jit(mapped, donate_argnums=(0,) if donate else ())
 
     def replicate(self, tree: Any) -> Any:
         """A host tree on every device."""
-        # Copies, since arrays that share a buffer cannot be donated to the step; device_put would
-        # share one among devices of a CPU.
-        copy = jax.jit(
-            lambda tree: jax.tree.map(jnp.copy, tree),
-            out_shardings=NamedSharding(self._mesh, P()),
-        )
-        return copy(jax.tree.map(np.asarray, tree))
+        return self._copy(jax.tree.map(np.asarray, tree))
 
     def shard(self, tree: Any) -> Any:
         """See `Pmap.shard`."""
-        sharding = NamedSharding(self._mesh, P(AXIS))
+        sharding = NamedSharding(self._mesh, SHARDED)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
-    def fetch_replicated(self, tree: Any) -> Any:
-        """One copy of a replicated tree, on the host."""
-        return jax.tree.map(lambda x: np.array(x.addressable_data(0)), tree)
-
-    def fetch_sharded(self, tree: Any) -> Any:
-        """The whole of a sharded tree, on every host."""
+    def fetch_local(self, tree: Any) -> Any:
+        """This process's part of a sharded tree, on the host."""
 
         def local(x: jax.Array) -> np.ndarray:
             parts = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
             return np.concatenate([np.asarray(part.data) for part in parts])
 
-        return self._gathered(jax.tree.map(local, tree))
+        return jax.tree.map(local, tree)
 
 
-def ahead(
+def prefetch(
     devices: Pmap | ShardMap, batches: Iterable[T], part: Callable[[T], Any]
 ) -> Iterator[tuple[T, Any]]:
     """Every batch with a part of it on the devices, one ahead: it is copied while a step runs."""
@@ -251,9 +201,16 @@ def ahead(
 
 
 def parallel(
-    mapping: Literal["pmap", "shard_map"], devices: Sequence[jax.Device] | None = None
+    mapping: Literal["auto", "pmap", "shard_map"], devices: Sequence[jax.Device] | None = None
 ) -> Pmap | ShardMap:
-    """The mapping named in the config over `devices` (those of all processes)."""
+    """The mapping named in the config over `devices` (those of all processes).
+
+    'auto' is shard_map for devices of several processes, where pmap converts every array between
+    local and global at each call; else pmap.
+    """
     devices = jax.devices() if devices is None else devices
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+    if mapping == "auto":
+        several = len({device.process_index for device in devices}) > 1
+        mapping = "shard_map" if several else "pmap"
     return Pmap(devices) if mapping == "pmap" else ShardMap(devices)

@@ -14,8 +14,9 @@ import tyro
 from gfl_jax.cli import parse_command, positional
 from gfl_jax.config import Experiment
 from gfl_jax.data.sources import open_split
-from gfl_jax.distributed import Hosts, is_first, join, parallel
+from gfl_jax.distributed import parallel
 from gfl_jax.errors import InputError
+from gfl_jax.hosts import Hosts, is_first, join
 from gfl_jax.models.network import Network
 from gfl_jax.paths import as_path, write
 from gfl_jax.run import load
@@ -86,6 +87,7 @@ def main(arguments: list[str]) -> None:
         command.limit,
     )
     evaluation, results = evaluator(variables)
+    evaluator.close()
     with_post, without_post = evaluator.images_per_second(variables)
 
     # ------------------------------------------------------------------ numbers and picture

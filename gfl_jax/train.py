@@ -13,7 +13,8 @@ import tyro
 from gfl_jax.cli import load_experiment, parse_command, positional, run_name
 from gfl_jax.config import Experiment
 from gfl_jax.data.sources import open_split
-from gfl_jax.distributed import Hosts, is_first, join, parallel
+from gfl_jax.distributed import parallel
+from gfl_jax.hosts import Hosts, is_first, join, print_once
 from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.network import Network
 from gfl_jax.paths import as_path
@@ -64,7 +65,7 @@ def main(arguments: list[str]) -> None:
 
     # ------------------------------------------------------------------ weights
     for change in changes_since(workdir, experiment):
-        print(f"  changed since the checkpoint: {change}")
+        print_once(f"  changed since the checkpoint: {change}")
 
     def initial():
         return load_pretrained(network, network.init(experiment.train.seed))

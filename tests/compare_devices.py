@@ -6,7 +6,6 @@ As a program with arguments it is one process of these: VARIANT, INDEX, PORT, fi
 """
 
 import dataclasses
-import functools
 import os
 import socket
 import subprocess
@@ -30,11 +29,13 @@ from tiny_experiment import make_batch
 from gfl_jax.config import Train
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.inference import Inference
-from gfl_jax.distributed import AXIS, Hosts, join, parallel
+from gfl_jax.distributed import REPLICATED, SHARDED, parallel
+from gfl_jax.hosts import Hosts, join
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
-from gfl_jax.training.step import init_state, learning_rate, make_predict, make_train_step, sgd
+from gfl_jax.training.evaluator import make_predict
+from gfl_jax.training.step import init_state, learning_rate, make_train_step, sgd
 
 CLASSES = 3
 OBJECTS = [3, 0, 1, 8, 2, 0, 5, 1]
@@ -98,10 +99,8 @@ class Trainer:
         optimizer = sgd(train, schedule)
         step = make_train_step(network, detector, optimizer, schedule, train)
         self.devices = devices
-        self.step = devices.map(
-            functools.partial(step, axis_name=AXIS), [False, False, True], donate=True
-        )
-        self.predict = devices.map(make_predict(network, detector), [True])
+        self.step = devices.map(step, outputs=(REPLICATED, REPLICATED, SHARDED), donate=True)
+        self.predict = devices.map(make_predict(network, detector), outputs=SHARDED)
         first = init_state(network.init(0), optimizer, train)
         self.first = jax.tree.map(lambda x: np.array(x, copy=True), first)
 

@@ -24,7 +24,7 @@ ROOMS = {
         "gfl_jax.assign",
         "gfl_jax.losses",
     ],
-    "devices": ["gfl_jax.distributed"],
+    "devices": ["gfl_jax.distributed", "gfl_jax.hosts"],
     "data": ["gfl_jax.data"],
     "models": ["gfl_jax.models"],
     "detectors": ["gfl_jax.detectors"],
@@ -68,6 +68,7 @@ NOT_OPENED = {
     "gfl_jax.models.conv_grad": "a faster gradient of convolutions on CPUs",
     "gfl_jax.models.ssd": "SSD's network",
     "gfl_jax.systems": "the other detectors",
+    "gfl_jax.training.instruments": "goodput, profiles, kept programs",
     "gfl_jax.visualize": "pictures",
 }
 """Imported, but not on GFL's way from disk to AP; each with the reason."""

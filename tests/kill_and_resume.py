@@ -92,7 +92,7 @@ def outcome(folder: Path, workdir: Path) -> dict:
         "checkpoint": [x.tobytes() for x in state_of(folder, workdir / "checkpoints")],
         "best": [x.tobytes() for x in state_of(folder, workdir / "best")],
         "metrics": [
-            {k: v for k, v in entry.items() if k != "images_per_second"}
+            {k: v for k, v in entry.items() if k not in ("images_per_second", "seconds_waiting")}
             for entry in read_metrics(workdir)
         ],
         "results": json.loads((workdir / "results.json").read_text()),

@@ -19,7 +19,8 @@ from gfl_jax.data.pipeline import batches
 from gfl_jax.data.plan import eval_plan
 from gfl_jax.data.prepare import RawSplit
 from gfl_jax.detectors.inference import Detections
-from gfl_jax.distributed import Pmap, ShardMap
+from gfl_jax.distributed import SHARDED, Pmap, ShardMap
+from gfl_jax.training import evaluator
 from gfl_jax.training.evaluator import predict_all
 
 CATEGORIES = [{"id": 90, "name": "bird"}, {"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
@@ -312,7 +313,7 @@ def told(devices, per_slot=3):
             mask=labels < 2,
         )
 
-    return devices.map(predict, [True])
+    return devices.map(predict, outputs=SHARDED)
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
@@ -337,6 +338,53 @@ def test_every_image_gives_its_results_exactly_once(split, mapping, batch_size, 
         assert (x, y, w, h) == pytest.approx((width / 4, height / 2, width / 2, height / 2), 1e-5)
         assert result["score"] == pytest.approx(0.9 if result["category_id"] == 3 else 0.8)
     json.dumps(results)
+
+
+def test_a_batch_is_dispatched_before_the_detections_of_the_one_before_are_fetched(
+    split, monkeypatch
+):
+    devices, events = MAPPINGS["pmap"](), []
+    data = Data(scale=(96, 72), workers=0)
+    plan = eval_plan(data, split, 2)
+    loaded = list(batches(plan, split, range(plan.steps_per_epoch), data))
+    predict, fetch = told(devices), devices.fetch_local
+    monkeypatch.setattr(devices, "fetch_local", lambda tree: events.append("fetch") or fetch(tree))
+
+    def dispatch(variables, batch):
+        events.append("dispatch")
+        return predict(variables, batch)
+
+    predict_all(dispatch, {}, loaded, devices, split, total=len(loaded))
+    later = ["dispatch", "fetch"] * (len(loaded) - 1)
+    assert len(loaded) > 2
+    assert events == ["dispatch", *later, "fetch"]
+
+
+class Everywhere:
+    """Stands for a network and a detector: predicts the same of all images."""
+
+    def apply(self, variables, images, sizes, *, train):
+        return sizes, {}
+
+    def detections(self, outputs, sizes, scales):
+        box = jax.numpy.tile(jax.numpy.array([0.0, 0.0, 20.0, 20.0]), (len(sizes), 1, 1))
+        one = jax.numpy.ones((len(sizes), 1))
+        return Detections(box, 0.5 * one, 0 * one.astype(int), one > 0)
+
+
+def test_evaluations_share_their_workers_and_say_the_same(split, monkeypatch):
+    made, original = [], evaluator.batches
+    monkeypatch.setattr(evaluator, "batches", lambda *a: made.append(a) or original(*a))
+    devices, double = MAPPINGS["pmap"](), Everywhere()
+    data = Data(scale=(96, 72), workers=1)
+    evaluate_twice = evaluator.Evaluator(double, double, data, devices, split, per_device=1)
+    (first, results), (second, again) = (evaluate_twice({"x": np.zeros(2)}) for _ in range(2))
+    evaluate_twice.close()
+    assert len(made) == 1
+    assert first == second
+    assert results == again
+    assert [r["image_id"] for r in results] == sorted(split.image_ids.tolist())
+    assert first == evaluate(results, ground_truth(split), split.image_ids.tolist())
 
 
 def test_category_ids_with_gaps_come_back_from_labels(split):

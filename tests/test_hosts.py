@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from tiny_experiment import CONFIG
 
-from gfl_jax import distributed
+from gfl_jax import hosts
 from gfl_jax.cli import load_experiment
-from gfl_jax.distributed import PREEMPTED, Hosts
+from gfl_jax.errors import SetupError
+from gfl_jax.hosts import PREEMPTED, Hosts
 from gfl_jax.models.network import Network
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.metrics import read_metrics
@@ -50,16 +51,25 @@ def test_the_environment_says_whether_there_are_others(monkeypatch, environment,
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert given.several == joins
+    assert given.joins == joins
 
 
 def test_the_flags_reach_jax(monkeypatch):
     called = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: called.append((a, k)))
-    distributed.join(Hosts(start="never", coordinator="a:1"))
+    hosts.join(Hosts(start="never", coordinator="a:1"))
     assert not called
-    distributed.join(Hosts(coordinator="a:1", count=4, index=0, timeout=7))
+    hosts.join(Hosts(coordinator="a:1", count=4, index=0, timeout=7))
     assert called == [(("a:1", 4, 0), {"heartbeat_timeout_seconds": 7})]
+
+
+@pytest.mark.parametrize("start", ["auto", "never"])
+def test_a_slice_whose_hosts_are_not_connected_is_an_error_with_the_remedy(monkeypatch, start):
+    for name in ("SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(SetupError, match=r"4 hosts .*--hosts\.start always"):
+        hosts.join(Hosts(start=start))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +173,11 @@ def whole(runs):
 
 def entries_of(workdir):
     return [
-        {key: value for key, value in entry.items() if key != "images_per_second"}
+        {
+            key: value
+            for key, value in entry.items()
+            if key not in ("images_per_second", "seconds_waiting")
+        }
         for entry in read_metrics(workdir)
     ]
 
@@ -222,7 +236,7 @@ def test_what_two_processes_saved_another_number_continues(whole, runs, processe
     runs.train(continued, "--train.epochs=4", processes=2)
     assert Checkpoints(continued / "checkpoints").step == 12
     printed, _ = runs.train(continued, processes=processes)
-    assert "continuing from step 12 of 27" in printed[0]
+    assert "resuming from step 12 of 27" in printed[0]
     expected, found = runs.state(workdir), runs.state(continued)
     assert int(found.step) == int(expected.step) == 27
     for name, value in expected.variables.params.items():
@@ -271,10 +285,10 @@ def test_a_run_told_to_stop_saves_and_continues_to_the_same_bits(runs, whole, pr
     told = time.monotonic()
     printed, _ = runs.finish(started, status=PREEMPTED)
     assert time.monotonic() - told < 60
-    step = int(re.search(r"told to stop: step (\d+) of 27 saved", printed[0]).group(1))
+    step = int(re.search(r"SIGTERM received: saved step (\d+) of 27", printed[0]).group(1))
     assert Checkpoints(workdir / "checkpoints").step == step >= 5
     printed, _ = runs.train(workdir, processes=processes)
-    assert f"continuing from step {step} of 27" in printed[0]
+    assert f"resuming from step {step} of 27" in printed[0]
     for ours, theirs in zip(
         *map(jax.tree.leaves, (runs.state(workdir), runs.state(whole_run))), strict=True
     ):

@@ -24,7 +24,7 @@ from flax import nnx
 from gfl_jax.detectors.classification import Focal
 from gfl_jax.detectors.dense import Detector, Losses
 from gfl_jax.detectors.quality import GuidedQuality
-from gfl_jax.distributed import Pmap, ShardMap, ahead, parallel
+from gfl_jax.distributed import SHARDED, Pmap, ShardMap, parallel, prefetch
 from gfl_jax.models.heads import Outputs, OutputSpec
 from gfl_jax.models.layers import normalization
 from gfl_jax.models.network import Variables
@@ -367,13 +367,34 @@ def test_replicated_arrays_have_buffers_of_their_own(mapping):
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
+def test_a_step_transfers_nothing_to_the_devices_but_its_batch(quick, batches, mapping):
+    trainer = quick(mapping)
+    state = trainer.devices.replicate(trainer.first)
+    with jax.transfer_guard_host_to_device("disallow"):
+        for batch in batches:
+            state, _, _ = trainer.step(state, trainer.devices.shard(batch))  # explicitly
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            jax.jit(jax.numpy.sin)(np.ones(3))
+
+
+def test_numbers_of_processes_keep_every_bit():
+    devices = MAPPINGS["pmap"]()
+    values = np.array([0.1, -np.inf, 2.0**53 - 1])
+    np.testing.assert_array_equal(devices.gather(values), [values])
+    rows = np.arange(12.0).reshape(4, 3)
+    np.testing.assert_array_equal(devices.gather_rows(rows), rows)
+    assert devices.gather_rows(rows[:0]).shape == (0, 3)
+    assert devices.from_first(0.1) == 0.1
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
 def test_trees_come_back_as_they_went(mapping):
     devices = MAPPINGS[mapping]()
     state = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.int32(7)}
     fetched = devices.fetch_replicated(devices.replicate(state))
     batch = {"x": np.arange(48).reshape(16, 3), "y": np.arange(16) % 3 == 0}
     double = devices.map(
-        lambda state, batch: jax.tree.map(lambda x: x * np.int32(2), batch), [True]
+        lambda state, batch: jax.tree.map(lambda x: x * np.int32(2), batch), outputs=SHARDED
     )
     doubled = devices.fetch_sharded(double(devices.replicate(state), devices.shard(batch)))
     for name, value in state.items():
@@ -393,7 +414,7 @@ def test_batches_are_on_the_devices_one_ahead(mapping):
             asked.append(i)
             yield i
 
-    pairs = ahead(devices, loaded(), lambda i: {"x": arrays[i]})
+    pairs = prefetch(devices, loaded(), lambda i: {"x": arrays[i]})
     for i in range(4):
         which, on_devices = next(pairs)
         assert which == i
@@ -401,10 +422,12 @@ def test_batches_are_on_the_devices_one_ahead(mapping):
         np.testing.assert_array_equal(devices.fetch_sharded(on_devices)["x"], arrays[i])
         assert len(on_devices["x"].addressable_shards) == devices.count
     assert not list(pairs)
-    assert not list(ahead(devices, [], lambda i: i))
+    assert not list(prefetch(devices, [], lambda i: i))
 
 
-@pytest.mark.parametrize(("mapping", "kind"), [("pmap", Pmap), ("shard_map", ShardMap)])
+@pytest.mark.parametrize(
+    ("mapping", "kind"), [("auto", Pmap), ("pmap", Pmap), ("shard_map", ShardMap)]
+)
 def test_the_config_s_word_chooses_the_mapping(mapping, kind):
     devices = parallel(mapping)
     assert isinstance(devices, kind)

@@ -26,11 +26,12 @@ from gfl_jax.config import Experiment
 from gfl_jax.data.coco_format import DataError
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.distributed import Pmap
-from gfl_jax.errors import UsageError
+from gfl_jax.errors import InputError, UsageError
 from gfl_jax.models.network import Network
 from gfl_jax.run import experiment_of
+from gfl_jax.training import loop
 from gfl_jax.training.checkpoint import Checkpoints
-from gfl_jax.training.loop import NonFiniteLossError, check_finite
+from gfl_jax.training.logbook import NonFiniteLossError, check_finite
 from gfl_jax.training.metrics import read_metrics
 from gfl_jax.training.step import TrainState, abstract_state
 
@@ -97,7 +98,11 @@ def finished(workspace):
 def comparable(workdir):
     """The entries without what depends on the machine's speed."""
     return [
-        {key: value for key, value in entry.items() if key != "images_per_second"}
+        {
+            key: value
+            for key, value in entry.items()
+            if key not in ("images_per_second", "seconds_waiting")
+        }
         for entry in read_metrics(workdir)
     ]
 
@@ -155,18 +160,47 @@ def test_nothing_compiles_after_the_first_evaluation(finished):
     assert not during_training
 
 
-def test_fewer_epochs_than_a_run_has_had_are_refused(finished, workspace):
-    workdir, _, _ = finished
-    with pytest.raises(ValueError, match=r"train\.epochs 5 ends at step 15.*step 27"):
-        workspace.train(workdir, "--train.epochs=5")
-    assert steps_of(workdir, "train") == list(range(1, 28))
+def test_a_slow_loader_shows_as_waiting(workspace, monkeypatch, linear_network):
+    def slowly(*arguments):
+        for batch in batches(*arguments):
+            time.sleep(0.2)
+            yield batch
+
+    batches = loop.batches
+    monkeypatch.setattr(loop, "batches", slowly)
+    monkeypatch.setattr(train, "Network", linear_network)
+    workdir = workspace.folder / "slow"
+    printed = workspace.train(workdir, "--train.epochs=2", "--train.milestones", "1")
+    (line,) = re.findall(r"^goodput: .*", printed, re.MULTILINE)
+    shares = dict(re.findall(r"([a-z ]+[a-z]) ([\d.]+)%", line))
+    assert sum(map(float, shares.values())) == pytest.approx(100)
+    seconds = float(re.search(r"of ([\d.]+) s$", line)[1])
+    assert float(shares["waiting for input"]) / 100 * seconds > 0.9 * 6 * 0.2
+    waits = [e["seconds_waiting"] for e in read_metrics(workdir) if e["kind"] == "train"]
+    assert len(waits) == 6
+    assert np.median(waits) >= 0.19
+    assert sum(waits) < seconds
+
+
+def test_fewer_epochs_than_a_run_has_had_leave_nothing_to_train(finished, workspace):
+    """What the last step has no evaluation of is evaluated."""
+    whole, _, _ = finished
+    workdir = workspace.folder / "fewer"
+    shutil.copytree(whole / "checkpoints", workdir / "checkpoints")
+    at = "the checkpoint is at step 27, --train.epochs 8 ends at 24: nothing left to train"
+    printed = workspace.train(workdir, "--train.epochs=8")
+    assert f"{at}; evaluating\n" in printed
+    assert "resuming" not in printed
+    assert read_metrics(workdir) == [e for e in read_metrics(whole) if e["kind"] == "val"][-1:]
+    assert f"{at}\n" in workspace.train(workdir, "--train.epochs=8")
+    assert len(read_metrics(workdir)) == 1
 
 
 def test_a_finished_run_is_left_as_it_is(finished, workspace):
     workdir, _, _ = finished
     before, entries = workspace.state(workdir), read_metrics(workdir)
     printed = workspace.train(workdir)
-    assert "continuing from step 27 of 27" in printed
+    assert "resuming from step 27 of 27" in printed
     assert read_metrics(workdir) == entries
     for ours, theirs in zip(*map(jax.tree.leaves, (before, workspace.state(workdir))), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -203,12 +237,12 @@ def test_a_batch_that_devices_cannot_share_is_named(workspace, tmp_path, fields)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_process_that_sees_another_checkpoint_than_the_first_does_not_go_on(
-    workspace, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(Pmap, "agree", lambda self, value: 5.0)
-    with pytest.raises(ValueError, match=r"step -1 in .*checkpoints and process 0 that of step 5"):
+def test_processes_that_see_different_checkpoints_all_stop(workspace, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pmap, "gather", lambda self, values: np.array([[5.0], values, [-1.0]]))
+    with pytest.raises(InputError) as error:
         workspace.train(tmp_path)
+    assert f"newest checkpoint in {tmp_path / 'checkpoints'}" in str(error.value)
+    assert "5 (process 0), -1 (process 1), -1 (process 2)" in str(error.value)
 
 
 # ---------------------------------------------------------------------------- interruptions
@@ -241,7 +275,7 @@ def test_a_killed_run_continues_to_the_same_bits(finished, workspace):
     assert 6 <= newest < 27, "it should have been killed in the middle"
     assert not (workdir / "curves.png").exists()
     printed = workspace.train(workdir)
-    assert f"continuing from step {newest} of 27" in printed
+    assert f"resuming from step {newest} of 27" in printed
 
     assert comparable(workdir) == comparable(whole)
     named = [(entry["kind"], entry["step"]) for entry in read_metrics(workdir)]
@@ -290,8 +324,8 @@ def test_a_save_that_fails_is_named_and_the_one_before_is_intact(finished, works
     assert f"of step 4 could not be written to {workdir / 'checkpoints'}" in message
     assert "which keeps the one of step 3" in message
     assert Checkpoints(workdir / "checkpoints").step == 3
-    assert "continuing from step 3 of 27" in workspace.train(workdir)
     assert not list(workdir.glob("*/*tmp*"))
+    assert "resuming from step 3 of 27" in workspace.train(workdir)
     states = [workspace.state(folder) for folder in (whole, workdir)]
     for ours, theirs in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import cv2
@@ -135,7 +135,7 @@ def batches(
     steps: range,
     data: Data,
     share: tuple[int, int] = (0, 1),
-) -> Iterator[HostBatch]:
+) -> Generator[HostBatch, None, None]:
     """The batches of these steps in order, prepared ahead by workers or threads.
 
     Args:

@@ -1,72 +1,117 @@
-"""Predictions on a whole split, judged by pycocotools."""
+"""Detections of a whole split, judged by pycocotools."""
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from gfl_jax.coco_eval import Evaluation, evaluate, ground_truth
-from gfl_jax.data.batch import HostBatch
+from gfl_jax.coco_eval import METRICS, Evaluation, evaluate, ground_truth
+from gfl_jax.data.batch import Batch, HostBatch
 from gfl_jax.data.pipeline import batches
 from gfl_jax.data.plan import eval_plan
 from gfl_jax.data.records import PreparedSplit
 from gfl_jax.data.sources import Data
 from gfl_jax.detectors.dense import Detector
-from gfl_jax.distributed import Pmap, ShardMap, ahead
-from gfl_jax.models.network import Network
-from gfl_jax.training.step import make_forward, make_predict
+from gfl_jax.detectors.inference import Detections
+from gfl_jax.distributed import SHARDED, Pmap, ShardMap, prefetch
+from gfl_jax.models.network import Network, Variables
 
 
-@dataclasses.dataclass
+def make_predict(network: Network, detector: Detector) -> Callable[[Variables, Batch], Detections]:
+    """`predict(variables, batch)`: detections of one device's images, in original pixels."""
+
+    def predict(variables: Variables, batch: Batch) -> Detections:
+        outputs, _ = network.apply(variables, batch.images, batch.sizes, train=False)
+        return detector.detections(outputs, batch.sizes, batch.scales)
+
+    return predict
+
+
 class Evaluator:
-    """Evaluates variables on a split; everything compiled once."""
+    """Evaluates variables on a split, as often as asked: what is compiled or started stays."""
 
-    network: Network
-    detector: Detector
-    data: Data
-    devices: Pmap | ShardMap
-    split: PreparedSplit
-    per_device: int = 8
-    limit: int = 0
+    def __init__(
+        self,
+        network: Network,
+        detector: Detector,
+        data: Data,
+        devices: Pmap | ShardMap,
+        split: PreparedSplit,
+        per_device: int = 8,
+        limit: int = 0,
+    ):
+        """Compiles and starts nothing yet.
 
-    def __post_init__(self):
-        self.predict = self.devices.map(make_predict(self.network, self.detector), [True])
-        batch_size = self.per_device * self.devices.count
-        self.plan = eval_plan(self.data, self.split, batch_size, self.limit)
-        self._forward = self.devices.map(make_forward(self.network), [True])
-        self._truth = ground_truth(self.split)
-
-    def _batches(self, steps: int) -> Iterator[HostBatch]:
-        return batches(self.plan, self.split, range(steps), self.data, self.devices.share)
+        Args:
+            network: the network.
+            detector: makes detections of its outputs.
+            data: how images reach the network.
+            devices: the mapping.
+            split: the images.
+            per_device: images per device at once.
+            limit: how many images; 0: all.
+        """
+        self._data, self._devices, self._split = data, devices, split
+        self.plan = eval_plan(data, split, per_device * devices.count, limit)
+        self.predict = devices.map(make_predict(network, detector), outputs=SHARDED)
+        self._forward = devices.map(
+            lambda variables, batch: network.apply(
+                variables, batch.images, batch.sizes, train=False
+            )[0],
+            outputs=SHARDED,
+        )
+        # One iterator over endless passes: its workers serve all evaluations.
+        self._batches = batches(self.plan, split, range(2**62), data, devices.share)
+        self._truth = ground_truth(split) if devices.share[0] == 0 else None
 
     def __call__(
         self, variables: Any, before_each: Callable[[], None] = lambda: None
     ) -> tuple[Evaluation, list[dict[str, Any]]]:
-        """The evaluation and the COCO results of replicated variables; the same on every host.
+        """Evaluates replicated variables.
 
-        `before_each` is called before each batch.
+        Args:
+            variables: on the devices.
+            before_each: called before each batch. If it raises, this evaluator is of no more use.
+
+        Returns:
+            The evaluation, the same on every host, and the COCO results. Of several processes the
+            first alone evaluates.
         """
         steps = self.plan.steps_per_epoch
         results = predict_all(
             self.predict,
             variables,
-            self._batches(steps),
-            self.devices,
-            self.split,
+            itertools.islice(self._batches, steps),
+            self._devices,
+            self._split,
             total=steps,
             before_each=before_each,
         )
-        image_ids = self.split.image_ids[self.plan.indices].tolist()
-        return evaluate(results, self._truth, image_ids), results
+        names = self._split.category_names
+        numbers = np.zeros(len(METRICS) + 2 * len(names))
+        if self._truth is not None:
+            judged = evaluate(
+                results, self._truth, self._split.image_ids[self.plan.indices].tolist()
+            )
+            pairs = [judged.per_class[name] for name in names]
+            numbers[:] = [*judged.metrics.values(), *itertools.chain(*pairs)]
+        numbers = self._devices.gather(numbers)[0]
+        metrics, pairs = numbers[: len(METRICS)], numbers[len(METRICS) :].reshape(-1, 2)
+        per_class = {
+            name: (ap, ap50) for name, (ap, ap50) in zip(names, pairs.tolist(), strict=True)
+        }
+        return Evaluation(dict(zip(METRICS, metrics.tolist(), strict=True)), per_class), results
 
     def images_per_second(self, variables: Any, repeats: int = 5) -> tuple[float, float]:
         """Throughput on the first batch, with and without post-processing: medians, in turn."""
-        host = next(self._batches(1))
-        shard = self.devices.shard(host.batch)
+        here = dataclasses.replace(self._data, workers=0)
+        host = next(batches(self.plan, self._split, range(1), here, self._devices.share))
+        shard = self._devices.shard(host.batch)
         seconds: dict[str, list[float]] = {"all": [], "forward": []}
         for _ in range(repeats + 1):
             for name, run in (("all", self.predict), ("forward", self._forward)):
@@ -77,6 +122,10 @@ class Evaluator:
         # The first run of each compiles.
         with_post, without_post = (float(np.median(times[1:])) for times in seconds.values())
         return images / with_post, images / without_post
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._batches.close()
 
 
 def predict_all(
@@ -91,6 +140,8 @@ def predict_all(
 ) -> list[dict[str, Any]]:
     """Detections of all images, as COCO results.
 
+    They are fetched one batch late, so that devices need not wait for the host.
+
     Args:
         predict: mapped over the devices: (variables, batch) to Detections.
         variables: replicated over the devices.
@@ -101,30 +152,51 @@ def predict_all(
         before_each: called before each batch.
 
     Returns:
-        One entry a detection: image_id, category_id, bbox (x, y, width, height in pixels of the
-        original image) and score. The same on every host.
+        One entry per detection: image_id, category_id, bbox (x, y, width, height in pixels of the
+        original image) and score; by image ids. The same on every host.
     """
-    results = []
     progress = tqdm(
-        ahead(devices, batches, lambda host: host.batch),
+        prefetch(devices, batches, lambda host: host.batch),
         total=total,
         desc="evaluating",
         unit=" batches",
         leave=False,
         disable=devices.share[0] > 0,
     )
+    rows, pending = [np.zeros((0, 7))], None
     for host, batch in progress:
         before_each()
-        found = devices.fetch_sharded(predict(variables, batch))
-        for slot in np.flatnonzero(host.image_mask):
-            for i in np.flatnonzero(found.mask[slot]):
-                x1, y1, x2, y2 = found.boxes[slot, i].tolist()
-                results.append(
-                    {
-                        "image_id": int(host.image_ids[slot]),
-                        "category_id": split.category_ids[found.labels[slot, i]],
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "score": float(found.scores[slot, i]),
-                    }
-                )
-    return results
+        dispatched = host, predict(variables, batch)
+        if pending:
+            rows.append(_rows(*pending, devices))
+        pending = dispatched
+    if pending:
+        rows.append(_rows(*pending, devices))
+    gathered = devices.gather_rows(np.concatenate(rows))
+    return [
+        {
+            "image_id": int(image_id),
+            "category_id": split.category_ids[int(label)],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
+        }
+        for image_id, label, x1, y1, x2, y2, score in gathered[
+            np.argsort(gathered[:, 0], kind="stable")
+        ].tolist()
+    ]
+
+
+def _rows(host: HostBatch, detections: Detections, devices: Pmap | ShardMap) -> np.ndarray:
+    """This process's detections of a batch: (image id, label, x1, y1, x2, y2, score), float64."""
+    local = devices.fetch_local(detections)
+    index, slots = devices.share[0], len(local.mask)
+    own = slice(index * slots, (index + 1) * slots)
+    slot, place = np.nonzero(local.mask & host.image_mask[own, None])
+    return np.column_stack(
+        [
+            host.image_ids[own][slot],
+            local.labels[slot, place],
+            local.boxes[slot, place],
+            local.scores[slot, place],
+        ]
+    ).astype(np.float64)

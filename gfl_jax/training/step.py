@@ -1,6 +1,7 @@
 """The optimiser and the one train step, written for one device and mapped over all of them."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from gfl_jax.data.batch import Batch
 from gfl_jax.detectors.dense import Detector
-from gfl_jax.detectors.inference import Detections
+from gfl_jax.distributed import AXIS
+from gfl_jax.errors import InputError
 from gfl_jax.models.heads import Outputs
 from gfl_jax.models.network import Arrays, Network, Variables
 
@@ -24,23 +26,33 @@ PerImage = dict[str, Float[Array, " b"]]
 class Train:
     """The schedule. SGD in PyTorch's form: v = momentum v + g + weight_decay p; p -= lr v.
 
-    batch_size: images a step over all devices, a multiple of devices x `accumulate`.
-    lr: for a batch of 16; scaled by batch_size / 16.
-    epochs, milestones: length, and epochs after which the rate is multiplied by 0.1.
-    warmup_steps, warmup_factor: the rate begins as warmup_factor * lr and, in this many steps,
-        rises to lr; linearly, or (warmup 'constant') all at once at their end.
-    bias_lr, bias_decay: factors of the rate of convolutions' biases and of the decay of all biases.
-    clip_norm: largest norm of the whole gradient; 0 for no clipping.
-    ema_decay: of an average of the parameters that is evaluated instead; 0 for none.
-    mapping: how the step is laid over devices.
-    accumulate: parts in which a device computes its images one after another, for memory; each
-        costs a further forward pass. The step is that of the whole batch.
-    eval_batch: images of each device at once in evaluation; it does not depend on the number of
-        devices, and so neither do the results.
-    eval_every: epochs between evaluations, 0 for the last only.
-    checkpoint_every: steps between checkpoints, 0 for every epoch.
-    log_every: steps between entries of the metrics files.
-    seed: of initial weights, batches and augmentation.
+    Attributes:
+        batch_size: images per step over all devices; a multiple of devices x accumulate.
+        lr: learning rate for a batch of 16; it is scaled by batch_size / 16.
+        momentum: part of the velocity that a step keeps.
+        weight_decay: factor of the parameters that is added to their gradients.
+        epochs: length of the training.
+        milestones: epochs after which the learning rate is multiplied by 0.1.
+        warmup_steps: steps in which the learning rate rises from warmup_factor * lr to lr.
+        warmup_factor: where the rise begins, as a factor of lr.
+        warmup: 'linear' rises with every step; 'constant' all at once at the end.
+        bias_lr: factor of the learning rate of convolutions' biases.
+        bias_decay: factor of weight_decay for all biases.
+        clip_norm: largest norm of the whole gradient; 0: no clipping.
+        ema_decay: decay per step of the average of the parameters that is evaluated instead of
+            them; 0: no average.
+        mapping: how the step is laid over devices; 'auto': pmap in one process, shard_map in
+            several.
+        accumulate: parts in which a device computes its images one after another, for memory; each
+            costs a further forward pass. The step is that of the whole batch.
+        eval_batch: images per device at once in evaluation. It does not depend on the number of
+            devices, and so neither do the results.
+        eval_every: epochs between evaluations; 0: only after the last.
+        checkpoint_every: steps between checkpoints; 0: one after each epoch.
+        log_every: steps between entries of the metrics files.
+        profile: FIRST:LAST, such as 20:25: steps (counted from 0, LAST not included) of which
+            jax.profiler writes a trace to the folder `profile` of the work directory; empty: none.
+        seed: of initial weights, batches and augmentation.
     """
 
     batch_size: int = 16
@@ -56,27 +68,42 @@ class Train:
     bias_decay: float = 1.0
     clip_norm: float = 0.0
     ema_decay: float = 0.0
-    mapping: Literal["pmap", "shard_map"] = "pmap"
+    mapping: Literal["auto", "pmap", "shard_map"] = "auto"
     accumulate: int = 1
     eval_batch: int = 8
     eval_every: int = 1
     checkpoint_every: int = 0
     log_every: int = 10
+    profile: str = ""
     seed: int = 0
 
     def __post_init__(self):
         for field in ("batch_size", "epochs", "lr", "log_every", "accumulate", "eval_batch"):
             if getattr(self, field) <= 0:
-                raise ValueError(f"train.{field} is {getattr(self, field)}; it must be positive")
+                raise InputError(f"train.{field} is {getattr(self, field)}; it must be positive")
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"train.ema_decay is {self.ema_decay}; it must be in [0, 1)")
+            raise InputError(f"train.ema_decay is {self.ema_decay}; it must be in [0, 1)")
+        if self.profile and not self.profile_steps:
+            raise InputError(
+                f"train.profile is {self.profile!r}; give FIRST:LAST, steps with FIRST < LAST, "
+                "such as 20:25"
+            )
+
+    @property
+    def profile_steps(self) -> range:
+        """The steps that are profiled."""
+        match = re.fullmatch(r"(\d+):(\d+)", self.profile)
+        return range(int(match[1]), int(match[2])) if match else range(0)
 
 
 class TrainState(NamedTuple):
     """All that a step changes: what a checkpoint holds.
 
-    step: steps taken.  variables: of the network.  optimizer: momenta.  ema: averaged parameters,
-    empty without averaging.
+    Attributes:
+        step: number of steps taken.
+        variables: of the network.
+        optimizer: momenta.
+        ema: averaged parameters; empty without averaging.
     """
 
     step: Int[Array, ""]
@@ -120,26 +147,22 @@ def learning_rate(train: Train, steps_per_epoch: int) -> optax.Schedule:
 def sgd(train: Train, schedule: optax.Schedule) -> optax.GradientTransformation:
     """SGD in PyTorch's form: weight decay enters the gradient before the momentum."""
 
-    def decay(gradient: Arrays, params: Arrays | None) -> Arrays:
-        assert params is not None
-        factors = {
-            name: train.weight_decay * (train.bias_decay if name.endswith(".bias") else 1.0)
-            for name in params
-        }
-        return {name: g + factors[name] * params[name] for name, g in gradient.items()}
+    def biases(params: Arrays) -> dict[str, bool]:
+        return {name: name.endswith(".bias") for name in params}
 
-    def faster_biases(update: Arrays, params: Arrays | None) -> Arrays:
-        def factor(name: str) -> float:
-            module, _, leaf = name.rpartition(".")
-            return train.bias_lr if leaf == "bias" and f"{module}.kernel" in update else 1.0
+    def others(params: Arrays) -> dict[str, bool]:
+        return {name: not name.endswith(".bias") for name in params}
 
-        return {name: factor(name) * u for name, u in update.items()}
+    def biases_of_convolutions(params: Arrays) -> dict[str, bool]:
+        beside = {name.replace(".kernel", ".bias") for name in params if name.endswith(".kernel")}
+        return {name: name in beside for name in params}
 
     return optax.chain(
         optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity(),
-        optax.stateless(decay),
+        optax.add_decayed_weights(train.weight_decay, others),
+        optax.add_decayed_weights(train.weight_decay * train.bias_decay, biases),
         optax.trace(train.momentum),
-        optax.stateless(faster_biases) if train.bias_lr != 1 else optax.identity(),
+        optax.masked(optax.scale(train.bias_lr), biases_of_convolutions),
         optax.scale_by_learning_rate(schedule),
     )
 
@@ -169,13 +192,14 @@ def make_train_step(
     schedule: optax.Schedule,
     train: Train,
 ) -> Callable[..., tuple[TrainState, Scalars, PerImage]]:
-    """`train_step(state, batch, *, axis_name)`: one step on one device's share of the batch.
+    """One step on one device's share of the batch, to be mapped over the devices.
 
-    Returns the new state, scalars of the global batch (each loss term, their sum `loss`,
-    `grad_norm` and `lr`) and every image's share of the loss terms.
+    The counts that losses are divided by, the losses and the gradients are summed over AXIS, so
+    that the step does not depend on how images are spread over devices.
 
-    The counts that losses are divided by, the losses and the gradients are summed over `axis_name`,
-    so that the step does not depend on how images are spread over devices.
+    Returns:
+        `train_step(state, batch)`: the new state, scalars of the global batch (each loss term,
+        their sum `loss`, `grad_norm` and `lr`) and every image's share of the loss terms.
     """
 
     def forward(variables: Variables, batch: Batch) -> tuple[Outputs, Arrays]:
@@ -195,49 +219,29 @@ def make_train_step(
         whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
         return whole, jax.tree.map(lambda x: x.mean(0), stats)
 
-    def train_step(
-        state: TrainState, batch: Batch, *, axis_name: str
-    ) -> tuple[TrainState, Scalars, PerImage]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars, PerImage]:
         def objective(params: Arrays):
             variables = state.variables._replace(params=params)
             outputs, stats = forward(variables, batch)
-            losses = detector.losses(outputs, batch, lambda count: lax.psum(count, axis_name))
+            losses = detector.losses(outputs, batch, lambda count: lax.psum(count, AXIS))
             return sum(losses.terms.values()), (losses, stats)
 
         gradient, (losses, stats) = jax.grad(objective, has_aux=True)(state.variables.params)
-        gradient, terms = lax.psum((gradient, losses.terms), axis_name)
-        stats = lax.pmean(stats, axis_name)
+        gradient, terms = lax.psum((gradient, losses.terms), AXIS)
+        stats = lax.pmean(stats, AXIS)
 
         with jax.named_scope("optimizer"):
             updates, momenta = optimizer.update(gradient, state.optimizer, state.variables.params)
             params = optax.apply_updates(state.variables.params, updates)
-            ema = {
-                name: train.ema_decay * average + (1 - train.ema_decay) * params[name]
-                for name, average in state.ema.items()
-            }
+            ema = state.ema
+            if train.ema_decay:
+                ema = optax.incremental_update(params, ema, 1 - train.ema_decay)
         scalars = terms | {
             "loss": sum(terms.values()),
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "lr": schedule(state.step),
         }
         variables = state.variables._replace(params=params, stats=stats)
         return TrainState(state.step + 1, variables, momenta, ema), scalars, losses.per_image
 
     return train_step
-
-
-def make_predict(network: Network, detector: Detector) -> Callable[[Variables, Batch], Detections]:
-    """`predict(variables, batch)`: detections of one device's images, in original pixels."""
-
-    def predict(variables: Variables, batch: Batch) -> Detections:
-        outputs, _ = network.apply(variables, batch.images, batch.sizes, train=False)
-        return detector.detections(outputs, batch.sizes, batch.scales)
-
-    return predict
-
-
-def make_forward(network: Network) -> Callable:
-    """`forward(variables, batch)`: the network alone, for timing it without post-processing."""
-    return lambda variables, batch: network.apply(
-        variables, batch.images, batch.sizes, train=False
-    )[0]

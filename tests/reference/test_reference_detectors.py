@@ -1,13 +1,11 @@
 """Every quantity of every stored detector, from its parameters to ten optimiser steps."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
 
 from gfl_jax.config import Train
-from gfl_jax.distributed import AXIS, Pmap
+from gfl_jax.distributed import REPLICATED, SHARDED, Pmap
 from gfl_jax.interop.crosscheck import MARGIN, PIXELS, SCORES, detections_of, match
 from gfl_jax.interop.stages import torch_arrays
 from gfl_jax.training.step import init_state, learning_rate, make_train_step, sgd
@@ -162,7 +160,7 @@ def test_trajectory(detector_case, compare):
         detector_case.network, detector_case.detector, optimizer, schedule, train
     )
     one = Pmap(jax.local_devices()[:1])
-    step = one.map(functools.partial(function, axis_name=AXIS), [False, False, True])
+    step = one.map(function, outputs=(REPLICATED, REPLICATED, SHARDED))
     state = init_state(detector_case.variables, optimizer, train)
     state = one.replicate(state)
     batch = one.shard(jax.tree.map(np.asarray, detector_case.batch))

@@ -1,20 +1,19 @@
 """Every row of every table: the whole network is built, a small one steps and predicts."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
 import pytest
 
-from gfl_jax.distributed import AXIS, Pmap
+from gfl_jax.distributed import REPLICATED, SHARDED, Pmap
 from gfl_jax.models.network import Network
 from gfl_jax.models.ssd import SSDModel
 from gfl_jax.tools.tables import TABLES, jobs_of, small
+from gfl_jax.training.evaluator import make_predict
 from gfl_jax.training.step import (
     init_state,
     learning_rate,
-    make_predict,
     make_train_step,
     sgd,
 )
@@ -80,7 +79,7 @@ def test_a_row_takes_two_steps_and_predicts(name, make_batch):
     optimizer = sgd(experiment.train, schedule)
     step = make_train_step(network, experiment.detector, optimizer, schedule, experiment.train)
     one = Pmap(jax.local_devices()[:1])
-    step = one.map(functools.partial(step, axis_name=AXIS), [False, False, True])
+    step = one.map(step, outputs=(REPLICATED, REPLICATED, SHARDED))
     state = one.replicate(init_state(network.init(0), optimizer, experiment.train))
     for _ in range(2):
         state, scalars, _ = step(state, one.shard(batch))
@@ -88,7 +87,7 @@ def test_a_row_takes_two_steps_and_predicts(name, make_batch):
     assert all(np.isfinite(value) for value in scalars.values())
     assert scalars["loss"] > 0
     assert scalars["grad_norm"] > 0
-    predict = one.map(make_predict(network, experiment.detector), [True])
+    predict = one.map(make_predict(network, experiment.detector), outputs=SHARDED)
     found = one.fetch_sharded(predict(state.variables, one.shard(batch)))
     assert np.isfinite(found.boxes).all()
     assert ((found.scores >= 0) & (found.scores <= 1)).all()

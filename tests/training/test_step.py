@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gfl_jax import systems
 from gfl_jax.config import Train
 from gfl_jax.detectors.dense import Detector
-from gfl_jax.distributed import AXIS, Pmap
+from gfl_jax.distributed import AXIS, REPLICATED, SHARDED, Pmap
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
@@ -247,7 +247,7 @@ def compiled(linear_network, ema_decay):
     optimizer = sgd(train, schedule)
     devices = Pmap(jax.local_devices()[:1])
     step = make_train_step(network, Detector(), optimizer, schedule, train)
-    mapped = devices.map(functools.partial(step, axis_name=AXIS), [False, False, True])
+    mapped = devices.map(step, outputs=(REPLICATED, REPLICATED, SHARDED))
     return mapped, jax.device_get(init_state(network.init(0), optimizer, train)), devices
 
 
@@ -363,9 +363,7 @@ def test_constants_go_through_a_step_untouched_and_are_not_averaged(make_batch):
         network, optimizer = Network(model, Detector().predicts(3)), optax.sgd(0.1)
         step = make_train_step(network, Detector(), optimizer, lambda step: 0.1, TRAIN)
         state = jax.eval_shape(lambda n=network, o=optimizer: init_state(n.init(0), o, TRAIN))
-        trace = jax.make_jaxpr(
-            functools.partial(step, axis_name=AXIS), axis_env=[(AXIS, 1)], return_shape=True
-        )
+        trace = jax.make_jaxpr(step, axis_env=[(AXIS, 1)], return_shape=True)
         jaxpr, outputs = trace(state, make_batch([1, 2]))
         inputs = dict(zip(paths(state), jaxpr.jaxpr.invars, strict=False))
         returned = zip(paths(outputs[0]), jaxpr.jaxpr.outvars, strict=False)

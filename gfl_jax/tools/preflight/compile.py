@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import re
 import sys
 import threading
@@ -13,16 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from gfl_jax.config import Experiment
 from gfl_jax.data.batch import Batch
-from gfl_jax.distributed import AXIS, Pmap, ShardMap, parallel
+from gfl_jax.distributed import AXIS, REPLICATED, SHARDED, Pmap, ShardMap, parallel
 from gfl_jax.models.network import Network
 from gfl_jax.tools.preflight.costs import Breakdown, Collective, breakdown, collectives
 from gfl_jax.tools.preflight.hlo import parse
 from gfl_jax.tools.preflight.topology import CHIPS, Chip, topology_devices
-from gfl_jax.training.step import abstract_state, learning_rate, make_predict, make_train_step, sgd
+from gfl_jax.training.evaluator import make_predict
+from gfl_jax.training.step import abstract_state, learning_rate, make_train_step, sgd
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,21 +236,20 @@ def preflight(
     network = Network(experiment.model, detector.predicts(num_classes))
     state = abstract_state(network, experiment.train)
 
-    def compiled(name: str, images: int, f: Callable, outputs: list[bool], tree: Any, **options):
+    def compiled(name: str, images: int, f: Callable, outputs: Any, tree: Any, **options):
         mapped = parallel(experiment.train.mapping, devices)
         arguments = _arguments(mapped, devices, tree, images, canvas, gts)
         job = Job(name, images, chip, len(devices))
-        function = mapped.map(f, outputs, donate=tree is state)
+        function = mapped.map(f, outputs=outputs, donate=tree is state)
         return compile_job(job, function, arguments, _bytes(state) - _bytes(tree))
 
     for images in batches:
         train = dataclasses.replace(experiment.train, batch_size=images * len(devices))
         schedule = learning_rate(train, steps_per_epoch=1000)
         step = make_train_step(network, detector, sgd(train, schedule), schedule, train)
-        step = functools.partial(step, axis_name=AXIS)
-        yield compiled("train step", images, step, [False, False, True], state)
+        yield compiled("train step", images, step, (REPLICATED, REPLICATED, SHARDED), state)
     predict, variables = make_predict(network, detector), state.evaluated()
-    yield compiled("predict", experiment.train.eval_batch, predict, [True], variables)
+    yield compiled("predict", experiment.train.eval_batch, predict, SHARDED, variables)
 
 
 def _arguments(
@@ -279,7 +277,7 @@ def _arguments(
     else:
         everywhere, split = (), (len(devices) * images,)
         mesh = Mesh(np.array(devices), (AXIS,))
-        shardings = [NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))]
+        shardings = [NamedSharding(mesh, REPLICATED), NamedSharding(mesh, SHARDED)]
     shape: Any = jax.ShapeDtypeStruct
     return (
         jax.tree.map(
