@@ -110,7 +110,7 @@ def test_a_run_in_a_bucket_killed_and_resumed_ends_as_a_local_one(folder, bucket
     assert not (before / "curves.png").exists(), "it should have been killed in the middle"
 
     printed = ended(folder, train(folder, bucket, "gs://bucket/runs/killed"))
-    assert "continuing from step" in printed
+    assert "resuming from step" in printed
     assert "checkpoint  gs://bucket/runs/killed/checkpoints" in printed
     remote = copied(bucket, "runs/killed", folder / "remote")
     for kind in ("checkpoints", "best"):
