@@ -1,4 +1,4 @@
-"""Image geometry on numpy arrays: decode, resize, flip, pad, and the same moves for boxes.
+"""Image geometry on numpy arrays: decode, resize, flip, and the same moves for boxes.
 
 Boxes are float32 [n, 4] as (x1, y1, x2, y2) in pixels, x to the right and y down, with (0, 0) at
 the top-left corner of the top-left pixel. Sizes are (height, width) in pixels.
@@ -91,7 +91,7 @@ def resized_size(
 
     Args:
         height: of the image, in pixels; or an array of heights.
-        width: likewise.
+        width: of the image, in pixels; or an array of widths.
         long_side: limit of the longer side, in pixels.
         short_side: limit of the shorter side, in pixels.
     """
@@ -168,18 +168,6 @@ def flip(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     width = np.float32(image.shape[1])
     x1, y1, x2, y2 = boxes.T
     return np.ascontiguousarray(image[:, ::-1]), np.stack([width - x2, y1, width - x1, y2], axis=1)
-
-
-def pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pads an image [h, w, 3] with zeros at the bottom and right to [height, width, 3].
-
-    Raises:
-        ValueError: the image is larger than that.
-    """
-    h, w = image.shape[:2]
-    if h > height or w > width:
-        raise InputError(f"an image of {h} x {w} (height x width) exceeds {height} x {width}")
-    return np.pad(image, ((0, height - h), (0, width - w), (0, 0)))
 
 
 def _imdecode(data: bytes, flags: int, name: str) -> np.ndarray:

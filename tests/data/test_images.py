@@ -134,17 +134,6 @@ def test_flip_keeps_boxes_without_objects():
     assert boxes.dtype == np.float32
 
 
-def test_pad():
-    image = np.full((4, 6, 3), 7, np.uint8)
-    padded = images.pad(image, 5, 8)
-    assert padded.shape == (5, 8, 3)
-    assert padded.dtype == np.uint8
-    np.testing.assert_array_equal(padded[:4, :6], image)
-    assert padded.sum() == image.sum()
-    with pytest.raises(ValueError, match="4 x 6"):
-        images.pad(image, 4, 5)
-
-
 def test_iou_is_that_of_pycocotools():
     rng = np.random.default_rng(0)
     corner, side = rng.uniform(0, 50, (2, 8, 2)), rng.uniform(5, 30, (2, 8, 2))
