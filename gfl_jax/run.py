@@ -112,7 +112,10 @@ def changes_since(workdir: PathLike, experiment: Experiment) -> list[str]:
     Raises:
         InputError: its weights do not fit this experiment: they were trained with other anchors.
     """
-    checkpoints = Checkpoints(as_path(workdir) / "checkpoints")
+    folder = as_path(workdir) / "checkpoints"
+    if not folder.exists():  # opening would make it
+        return []
+    checkpoints = Checkpoints(folder)
     if checkpoints.step is None:
         return []
     stored = experiment_of(checkpoints.about())

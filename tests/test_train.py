@@ -172,7 +172,7 @@ def test_a_slow_loader_shows_as_waiting(workspace, monkeypatch, linear_network):
     workdir = workspace.folder / "slow"
     printed = workspace.train(workdir, "--train.epochs=2", "--train.milestones", "1")
     (line,) = re.findall(r"^goodput: .*", printed, re.MULTILINE)
-    shares = dict(re.findall(r"([a-z ]+[a-z]) ([\d.]+)%", line))
+    shares = dict(re.findall(r"([a-z][a-z ]*) ([\d.]+)%", line))
     assert sum(map(float, shares.values())) == pytest.approx(100)
     seconds = float(re.search(r"of ([\d.]+) s$", line)[1])
     assert float(shares["waiting for input"]) / 100 * seconds > 0.9 * 6 * 0.2

@@ -68,8 +68,8 @@ def fit(
         ValueError: devices cannot share a batch equally, processes see different checkpoints, the
             checkpoint is of another model, or the splits have different classes.
     """
-    _check(train, devices, train_split, val_split)
     detector.resolve()
+    _check(train, devices, train_split, val_split)
     workdir = as_path(workdir)
     plan = train_plan(data, train_split, train.batch_size, train.seed)
     per_epoch = plan.steps_per_epoch
