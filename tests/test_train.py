@@ -551,8 +551,8 @@ def test_a_data_set_that_is_not_there_is_named(of_coco, tmp_path):
 def test_continuing_says_what_was_changed(finished, workspace):
     workdir, _, _ = finished
     printed = workspace.train(workdir, "--train.lr=0.03", "--detector.classification.beta=1.5")
-    assert "changed since that step: train.lr: 0.02, now 0.03" in printed
-    assert "changed since that step: detector.classification.beta: 2.0, now 1.5" in printed
+    assert "changed since the checkpoint: train.lr: 0.02, now 0.03" in printed
+    assert "changed since the checkpoint: detector.classification.beta: 2.0, now 1.5" in printed
     assert "changed" not in workspace.train(workdir)
 
 
