@@ -81,7 +81,7 @@ def flags_without_help(printed):
     """Flags beside which a printed help says nothing."""
     text = re.sub(r"[│╭╮╰╯─]", " ", printed)
     body = text[text.index("-h, --help") :]
-    parts = re.split(r"\n {1,3}(?=--[a-z])", body)
+    parts = re.split(r"(?<!,)\n {1,3}(?=--[a-z])", re.sub(r" +\n", "\n", body))
     silent = []
     for part in parts[1:]:
         flags, *meaning = re.split(r"\n|\s{2,}", part.strip(), maxsplit=1)

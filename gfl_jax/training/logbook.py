@@ -177,7 +177,7 @@ class Logbook:
         """
         if is_first():
             write(self._workdir / "results.json", json.dumps(results))
-        self._progress.write(f"step {step}\n{evaluation}")
+            self._progress.write(f"step {step}\n{evaluation}")
         if (ap := evaluation.metrics["AP"]) > self._best_ap:
             self._best_ap = ap
             with self._clock("saving"):
