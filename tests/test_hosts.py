@@ -24,6 +24,8 @@ from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.metrics import read_metrics
 from gfl_jax.training.step import TrainState, abstract_state
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[1]
 LIMIT = 900
 """Seconds after which a process of these tests counts as hanging."""

@@ -35,6 +35,8 @@ from gfl_jax.training.logbook import NonFiniteLossError, check_finite
 from gfl_jax.training.metrics import read_metrics
 from gfl_jax.training.step import TrainState, abstract_state
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[1]
 CLASSES = 6
 
