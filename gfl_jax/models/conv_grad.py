@@ -1,7 +1,7 @@
-"""A plain convolution whose gradient for the kernel is fast on CPUs: matrix products.
+"""A plain convolution whose kernel gradient, computed as matrix products, is fast on CPUs.
 
-Values and gradients are those of XLA's own convolution; only the time differs. Nothing else of the
-package has to know: `conv_general_dilated` stands for XLA's and takes it where it applies.
+Values and gradients are those of XLA's own convolution; only the speed differs. Other code need not
+know about it: `conv_general_dilated` replaces XLA's and uses it where it applies.
 """
 
 import functools
@@ -29,12 +29,12 @@ def plain_conv(
 
     Args:
         x: Images.
-        kernel: Of the dtype of `x`.
+        kernel: Of the same dtype as `x`.
         strides: Rows and columns between windows.
-        padding: Zeros (before, after) of rows, then of columns.
+        padding: Zeros (before, after) for rows, then for columns.
 
     Returns:
-        What `lax.conv_general_dilated` gives.
+        What `lax.conv_general_dilated` returns.
     """
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
 
@@ -53,7 +53,7 @@ def _backward(strides, padding, residuals, gradient):
         return jax.vjp(lambda kernel: conv(x, kernel), kernel)[1](gradient)[0]
 
     def as_products(x, gradient):
-        if kernel.shape[-1] < 16:  # too thin for a product
+        if kernel.shape[-1] < 16:  # too few channels for a product to pay off
             return as_convolution(x, gradient)
         return _kernel_gradient(x, gradient, kernel.shape, strides, padding).astype(kernel.dtype)
 
@@ -71,10 +71,10 @@ def _kernel_gradient(
     strides: Pair,
     padding: tuple[Pair, Pair],
 ) -> Float[Array, "kh kw c o"]:
-    """A few wide matrix products, up to five times the speed of XLA's own form on CPUs.
+    """A few wide matrix products, up to five times as fast as XLA's own gradient on CPUs.
 
-    The taps along a kernel row lie side by side in the channels of x, those along a column in the
-    channels of the gradient, so that one product holds them all; for stride s, s products.
+    The taps along a kernel row are stacked in the channels of x, those along a column in the
+    channels of the gradient, so that one product covers them all; stride s takes min(s, kh).
     """
     kh, kw, c_in, c_out = shape
     (sy, sx), (h, w) = strides, gradient.shape[1:3]
@@ -106,7 +106,7 @@ _PLAIN = {
     "preferred_element_type": None,
     "out_sharding": None,
 }
-"""Options of `lax.conv_general_dilated` that make no difference to `plain_conv`."""
+"""Options of `lax.conv_general_dilated`, with the values that `plain_conv` stands for."""
 
 
 def conv_general_dilated(
@@ -118,7 +118,7 @@ def conv_general_dilated(
     dimension_numbers: Any,
     **options: Any,
 ) -> Float[Array, "b ho wo o"]:
-    """`lax.conv_general_dilated` with all its options; the plain case with `plain_conv`."""
+    """`lax.conv_general_dilated` with all its options; the plain case uses `plain_conv`."""
     numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
     nhwc = lax.conv_dimension_numbers(x.shape, kernel.shape, NHWC)
     explicit = not isinstance(padding, str)

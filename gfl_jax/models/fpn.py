@@ -19,9 +19,9 @@ class Neck:
 
     Attributes:
         width: Channels of every level; 256 in the paper.
-        extra_from: What P6 is a strided convolution of: P5 ('output'; GFL, ATSS, FCOS) or C5
-            ('input'; RetinaNet, FoveaBox). P7 is one of P6.
-        extra_relu: Whether a ReLU lies between P6 and P7 (FCOS).
+        extra_from: Input of the strided convolution that makes P6: P5 ('output'; GFL, ATSS, FCOS)
+            or C5 ('input'; RetinaNet, FoveaBox). P7 is made from P6.
+        extra_relu: Whether there is a ReLU between P6 and P7 (FCOS).
     """
 
     width: int = 256
@@ -30,7 +30,7 @@ class Neck:
 
 
 class FPN(nnx.Module):
-    """C2..C5, of which C2 is not used, to P3..P7 at strides 8..128."""
+    """Maps C2..C5 (C2 is not used) to P3..P7 at strides 8..128."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Dense heads: two towers shared by all pyramid levels, and what they predict per cell."""
+"""Dense heads: two towers shared by all pyramid levels, and their outputs per cell."""
 
 import dataclasses
 import math
@@ -16,19 +16,19 @@ from gfl_jax.models.layers import ConvModule, conv2d
 
 _normal = nnx.initializers.normal(0.01)
 PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)
-"""Initial bias of class logits: every class starts at score 0.01, and focal losses small."""
+"""Initial bias of class logits: scores start at 0.01, which keeps focal losses small."""
 
 
 class Outputs(NamedTuple):
-    """What a head predicts, level by level (finest first), float32.
+    """The outputs of a head, float32, one array per level (finest first).
 
-    The channels of a cell hold its priors one after another.
+    The channels of a cell list its priors one after another.
 
     Attributes:
-        cls_logits: Logits, not scores; in GFL joint with the IoU.
+        cls_logits: Logits, not scores; in GFL of the joint class and IoU score.
         box_logits: Regression channels after the level's Scale; in GFL sides (l, t, r, b) times
             bins.
-        quality_logits: One per prior; no level at all without a quality branch.
+        quality_logits: One per prior; empty without a quality branch.
     """
 
     cls_logits: list[Float[Array, "b _ _ classes"]]
@@ -42,7 +42,7 @@ class OutputSpec(NamedTuple):
     Attributes:
         cls: Class channels per prior.
         box: Regression channels per prior.
-        quality: Name of the quality branch, empty for none.
+        quality: Name of the quality branch; empty for none.
         per_cell: Priors per cell of each level.
         cls_bias: Initial bias of the class logits.
     """
@@ -59,13 +59,13 @@ class Head:
     """The head.
 
     Attributes:
-        names: Of its last convolutions, as mmdetection calls them: 'gfl' for gfl_cls, ...
+        names: Prefix of its last convolutions' names, as in mmdetection: 'gfl' for gfl_cls, ...
         width: Channels of the towers; 256 in the paper.
         stacked_convs: Convolutions per tower.
-        norm: Of the towers: gn for GroupNorm with 32 groups (width is then a multiple of 32).
-        conv_bias: Whether the towers' convolutions have biases although a norm follows (FCOS).
-        quality_on: Tower that the quality branch ends.
-        scales: Whether each level scales its regression by a learnable factor.
+        norm: Of the towers: gn is GroupNorm with 32 groups (width must be a multiple of 32).
+        conv_bias: Whether the towers' convolutions have biases even if a norm follows (FCOS).
+        quality_on: Tower that feeds the quality branch.
+        scales: Whether each level multiplies its regression by a learnable factor.
     """
 
     names: Literal["gfl", "atss", "conv", "retina"] = "gfl"
@@ -78,7 +78,7 @@ class Head:
 
 
 class DenseHead(nnx.Module):
-    """Class, box and maybe quality logits of every cell; in GFL a class's score is the quality."""
+    """Class, box and optional quality logits per cell; in GFL the class score is the quality."""
 
     def __init__(
         self,
@@ -94,18 +94,18 @@ class DenseHead(nnx.Module):
         Args:
             in_features: Channels of the pyramid.
             predicts: The outputs.
-            head: Its sizes.
-            dtype: Of the activations. The last convolutions multiply in it and add in float32:
-                outputs are not rounded to it.
+            head: Sizes and options.
+            dtype: Of the activations. The last convolutions multiply in it but accumulate in
+                float32: outputs are not rounded to it.
             rngs: Source of the initial weights.
 
         Raises:
-            ValueError: The levels have different numbers of priors per cell.
+            ValueError: The number of priors per cell differs between levels.
         """
         if len(set(predicts.per_cell)) > 1:
             raise InputError(
-                f"this head is shared by all levels; detector.priors have {predicts.per_cell} "
-                "priors per cell"
+                f"detector.priors has {predicts.per_cell} priors per cell; this head is shared "
+                "by all levels, so all must have the same number"
             )
 
         def tower():

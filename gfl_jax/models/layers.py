@@ -1,4 +1,4 @@
-"""The few layers every network here is made of, with the reference's padding and eps."""
+"""The layers that every network here is built from, with the reference's padding and eps."""
 
 import functools
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from gfl_jax.models.conv_grad import conv_general_dilated
 Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
 """Kinds of norm layers:
 
-* frozen_bn: BatchNorm with the constant statistics of a pretrained network and trainable scale and
-  bias (mmdetection's norm_eval);
-* bn: BatchNorm of each device's images with running averages, for training from random weights;
-* sync_bn: BatchNorm of the images of all devices;
+* frozen_bn: BatchNorm with a pretrained network's statistics, held constant, and trainable scale
+  and bias (mmdetection's norm_eval);
+* bn: BatchNorm over each device's images with running averages, to train from random weights;
+* sync_bn: BatchNorm over the images of all devices;
 * gn: GroupNorm.
 """
 
@@ -44,7 +44,7 @@ def conv2d(
     """A square convolution padded on *both* sides to keep the size at stride 1, as in PyTorch.
 
     XLA's 'SAME' pads stride-2 convolutions of even inputs at the bottom and right only, which
-    shifts every feature by a pixel against weights trained elsewhere.
+    shifts every feature by a pixel relative to weights trained elsewhere.
 
     Args:
         in_features: Channels of the input.
@@ -52,12 +52,12 @@ def conv2d(
         kernel_size: Side of the kernel.
         stride: Distance between windows.
         dilation: Distance between taps of the kernel.
-        groups: Parts of the channels that are convolved separately.
+        groups: Groups of channels that are convolved separately.
         bias: Whether a bias is added.
         kernel_init: Initial kernel [kernel_size, kernel_size, in_features / groups, out_features].
         bias_init: Initial bias [out_features].
         dtype: Of the operands; parameters are float32.
-        out_dtype: Of the output, if it is wider than `dtype`: sums are not rounded to `dtype`, and
+        out_dtype: Of the output, if wider than `dtype`: sums are not rounded to `dtype`, and
             the bias is added in `out_dtype`.
         rngs: Source of the initial weights.
     """
@@ -89,7 +89,7 @@ def _cast_operands(args, *, dtype):
 
 
 class Constant(nnx.Variable):
-    """An array that is loaded but never changes: it is neither trained nor a running statistic."""
+    """An array that is loaded and never changes: neither trained nor a running statistic."""
 
 
 class FrozenBatchNorm(nnx.Module):
@@ -124,7 +124,7 @@ def normalization(
     if kind == "frozen_bn":
         return FrozenBatchNorm(features, dtype=dtype, scale_init=scale_init)
     if kind in ("bn", "sync_bn"):
-        # momentum 0.9 here is PyTorch's 0.1: the weight of the old average.
+        # Flax's momentum weights the old average: 0.9 is PyTorch's 0.1.
         return nnx.BatchNorm(
             features,
             momentum=0.9,
@@ -136,8 +136,8 @@ def normalization(
         )
     if kind == "gn":
         if features % groups:
-            raise InputError(f"{groups} groups of GroupNorm cannot share {features} channels")
-        # Two passes (mean, then squared deviations): E[x^2] - E[x]^2 loses digits of the reference.
+            raise InputError(f"GroupNorm cannot split {features} channels into {groups} groups")
+        # Two passes (mean, then squared deviations): E[x^2] - E[x]^2 would lose digits.
         return nnx.GroupNorm(
             features,
             groups,
@@ -174,7 +174,7 @@ class ConvModule(nnx.Module):
             out_features: Channels of the output.
             kernel_size: Side of the kernel.
             stride: Distance between windows.
-            bias: Whether the convolution has one; None: unless a norm follows.
+            bias: Whether the convolution has one; None: only if no norm follows.
             norm_groups: Groups of the GroupNorm; 0 for no norm.
             relu: Whether a ReLU comes last.
             kernel_init: Initial kernel.
@@ -208,11 +208,11 @@ def max_pool(
     stride: int = 2,
     padding: tuple[int, int] = (1, 1),
 ) -> Float[Array, "b ho wo c"]:
-    """Max-pooling padded with -inf (before, after) on both axes, as PyTorch does; ResNet's stem's.
+    """PyTorch's max-pooling, padded with -inf (before, after) on both axes; by default ResNet's.
 
-    Of equal maxima the first in reading order takes the whole gradient, as in PyTorch. On CPUs it
-    is made of slices: the gradient of XLA's window reduction, which other platforms use, takes 3
-    to 13 times as long there.
+    The first of equal maxima in reading order gets the whole gradient, as in PyTorch. On CPUs it
+    is built from slices: the gradient of XLA's window reduction, which other platforms use, takes
+    3 to 13 times as long there.
     """
     return lax.platform_dependent(
         x,
@@ -233,13 +233,13 @@ def _pool_slices(x: Float[Array, "b h w c"], *, window, stride, padding):
 
     h, w = ((side + sum(padding) - window) // stride * stride + 1 for side in x.shape[1:3])
     x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)), constant_values=-jnp.inf)
-    # Along rows first: of equal maxima in a window the first in reading order wins.
+    # Along rows first, so that the first of equal maxima in reading order wins.
     x = functools.reduce(larger, [x[:, :, j : j + w : stride] for j in range(window)])
     return functools.reduce(larger, [x[:, i : i + h : stride] for i in range(window)])
 
 
 def upsample_nearest(x: Float[Array, "b h w c"], size: Sequence[int]) -> Float[Array, "b ho wo c"]:
-    """Nearest neighbour with source index floor(i * in / out), as PyTorch's 'nearest'."""
+    """Nearest neighbour with source index floor(i * in / out), like PyTorch's 'nearest'."""
     h, w = x.shape[1:3]
     if (size[0], size[1]) == (2 * h, 2 * w):
         return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

@@ -1,6 +1,6 @@
 """The whole network as pure functions of flat dictionaries of arrays.
 
-The dictionaries map dotted paths, as the PyTorch reference names its modules
+The dictionaries map dotted paths, which follow the module names of the PyTorch reference
 ('backbone.layer1.0.conv1.kernel'), to arrays.
 """
 
@@ -27,8 +27,8 @@ class Variables(NamedTuple):
     """All arrays of a network, by dotted path.
 
     Attributes:
-        params: What the optimiser trains.
-        frozen: What never changes: parameters of frozen stages, statistics of frozen BatchNorms.
+        params: Trained by the optimiser.
+        frozen: Never changed: parameters of frozen stages, statistics of frozen BatchNorms.
         stats: Running statistics of the norm layers 'bn' and 'sync_bn'.
     """
 
@@ -46,10 +46,10 @@ class Model:
         neck: The feature pyramid.
         head: The head, shared by all levels.
         dtype: Of convolutions and activations. Parameters, the arithmetic of norm layers and the
-            head's outputs are float32 always.
-        mean: Of pixels, 0 to 255, in `channel_order`.
-        std: Of pixels, 0 to 255, in `channel_order`.
-        channel_order: What the pretrained weights expect.
+            head's outputs are always float32.
+        mean: Of the pixels (0 to 255), in `channel_order`.
+        std: Of the pixels (0 to 255), in `channel_order`.
+        channel_order: The one that the pretrained weights expect.
     """
 
     backbone: Backbone = Backbone()
@@ -62,12 +62,12 @@ class Model:
 
     @property
     def pretrained(self) -> str:
-        """That of the backbone."""
+        """`pretrained` of the backbone."""
         return self.backbone.pretrained
 
     @property
     def cls_conv(self) -> str:
-        """Path in `bbox_head` of the convolution that predicts class logits."""
+        """Path within `bbox_head` of the convolution that predicts class logits."""
         return f"{self.head.names}_cls"
 
     def build(self, predicts: OutputSpec, *, rngs: nnx.Rngs) -> "DenseNetwork":
@@ -80,7 +80,7 @@ class Model:
         return dataclasses.replace(self, backbone=backbone)
 
     def is_frozen(self, name: str) -> bool:
-        """Whether the parameter with this dotted path is of a frozen stage or norm layer."""
+        """Whether the parameter with this dotted path belongs to a frozen stage or norm."""
         stages = self.backbone.frozen_stages
         frozen = ["conv1", "bn1"] if stages >= 0 else []
         frozen += [f"layer{i + 1}" for i in range(stages)]
@@ -90,19 +90,19 @@ class Model:
         return bool(norm) and not self.backbone.train_norm
 
     def random_backbone_problem(self) -> str:
-        """Why the backbone should not start from random weights; empty if it can."""
+        """Why the backbone should not start from random weights; empty if it may."""
         norm, stages = self.backbone.norm, self.backbone.frozen_stages
         if norm != "frozen_bn" and stages < 0:
             return ""
         return (
-            f"norm {norm!r} and frozen_stages {stages} are for a pretrained backbone: name it as "
-            "model.backbone.pretrained, or set norm to 'bn' or 'gn', frozen_stages to -1"
+            f"norm {norm!r} with frozen_stages {stages} needs a pretrained backbone: name one with "
+            "model.backbone.pretrained, or set norm to 'bn' or 'gn' and frozen_stages to -1"
         )
 
     def small(self, side: int) -> tuple["Model", dict[str, Any]]:
-        """The same choices in a size that two CPU cores train from random weights in minutes.
+        """The same choices at a size that two CPU cores train from random weights in minutes.
 
-        Towers have GroupNorm, also those of RetinaNet and FoveaBox: without one they learn nothing
+        Towers have GroupNorm, even those of RetinaNet and FoveaBox: without it they learn nothing
         from random weights in this time.
 
         Args:
@@ -120,11 +120,11 @@ class Model:
 
 
 AnyModel = Model | SSDModel
-"""The families of networks; another one has the same methods and joins here."""
+"""The families of networks; add new ones here, with the same methods."""
 
 
 class DenseNetwork(nnx.Module):
-    """Backbone, neck and head; images normalised, P3..P7 inside."""
+    """Backbone, neck and head: normalised images in, outputs on P3..P7."""
 
     def __init__(self, model: Model, predicts: OutputSpec, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(model.dtype)
@@ -153,8 +153,8 @@ class Network:
         """Describe the network; nothing is computed yet.
 
         Args:
-            model: Its kind and sizes.
-            predicts: What a detector needs of it, `Detector.predicts(num_classes)`.
+            model: Its family and sizes.
+            predicts: The outputs that a detector needs, `Detector.predicts(num_classes)`.
         """
         self.model = model
         self._predicts = predicts
@@ -180,7 +180,7 @@ class Network:
         return {path: arrays[_dotted(path)] for path in self.paths}
 
     def replaced(self, variables: Variables, arrays: Mapping[tuple, Any]) -> Variables:
-        """The variables with other arrays at some paths."""
+        """The variables with the arrays at some paths replaced."""
         named = {_dotted(path): jnp.asarray(array) for path, array in arrays.items()}
         return Variables(*({k: named.get(k, v) for k, v in part.items()} for part in variables))
 
@@ -196,20 +196,19 @@ class Network:
 
         Args:
             variables: All arrays.
-            images: RGB canvases, sides multiples of 32.
-            sizes: Height and width of the image on its canvas, in pixels; what lies outside is
-                padding.
+            images: RGB canvases whose sides are multiples of 32.
+            sizes: Height and width of the image on its canvas, in pixels; the rest is padding.
             train: Whether norm layers of kind 'bn' and 'sync_bn' use the batch's statistics.
 
         Returns:
-            The head's outputs, and `Variables.stats` after this batch (the same unless training).
+            The head's outputs, and `Variables.stats` after this batch (unchanged unless training).
         """
         network = self.module(variables, train=train)
         outputs = network(self.normalize(images, sizes))
         return outputs, _flat(nnx.state(network, nnx.BatchStat))
 
     def module(self, variables: Variables, *, train: bool) -> Any:
-        """The Flax module with these arrays, for a look inside: backbone, neck and bbox_head."""
+        """The Flax module with these arrays, to call backbone, neck and bbox_head one by one."""
         state = nnx.from_flat_state(list(self.by_path(variables).items()))
         return nnx.merge(self._train_graph if train else self._eval_graph, state)
 
@@ -217,7 +216,7 @@ class Network:
     def normalize(
         self, images: UInt8[Array, "b h w 3"], sizes: Int[Array, "b 2"]
     ) -> Float[Array, "b h w 3"]:
-        """(x - mean) / std in float32, then zero in the padding, as the reference pads after it."""
+        """(x - mean) / std in float32, then zeros in the padding: the reference pads last."""
         x = images[..., ::-1] if self.model.channel_order == "bgr" else images
         x = (x.astype(jnp.float32) - jnp.array(self.model.mean)) / jnp.array(self.model.std)
         rows = jnp.arange(images.shape[1])[None, :, None, None] < sizes[:, 0, None, None, None]

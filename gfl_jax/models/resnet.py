@@ -13,7 +13,7 @@ from gfl_jax.models.layers import Norm, conv2d, max_pool, normalization
 
 # Kaiming normal over the fan-out, as both torchvision and mmdet initialise ResNet convolutions.
 _kaiming = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-# Residual branches start as zero: a network trained from random weights starts as the identity.
+# Residual branches start at zero, so that random weights start as the identity.
 _zeros = nnx.initializers.zeros
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -30,17 +30,17 @@ class Backbone:
     """The ResNet.
 
     Attributes:
-        depth: Layers: 18, 34, 50 or 101.
+        depth: Number of layers: 18, 34, 50 or 101.
         width: Channels of the first stage; 64 in the paper.
         norm: frozen_bn for pretrained weights; bn, sync_bn or gn for training from random ones.
-        frozen_stages: -1 none, 0 the stem, 1 stem and first stage, ...: these have no gradient and
-            no weight decay.
+        frozen_stages: -1: none, 0: the stem, 1: stem and first stage, ...; frozen ones have no
+            gradient and no weight decay.
         pretrained: A .pth or .safetensors file, or a Hugging Face name such as
             timm/resnet50.tv_in1k. Empty for random weights.
-        caffe: Whether bottlenecks stride on their first 1x1, as the weights from Detectron do.
+        caffe: Whether bottlenecks stride on their first 1x1, as Detectron's weights expect.
         train_norm: Whether scales and biases of norm layers are trained.
-        remat: Whether the backward pass computes the inside of each residual block again: less
-            memory, more time.
+        remat: Whether the backward pass recomputes the inside of each residual block: less memory,
+            more time.
     """
 
     depth: int = 50
@@ -66,7 +66,7 @@ class Backbone:
 class _Block(nnx.Module):
     """Basic (two 3x3) or bottleneck (1x1, 3x3, 1x1) residual block.
 
-    The stride sits on the first 3x3 or, in bottlenecks of caffe's style, on the first 1x1.
+    The stride is on the first 3x3 or, in caffe-style bottlenecks, on the first 1x1.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class _Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """Images to C2..C5 at strides 4, 8, 16, 32."""
+    """Maps images to C2..C5 at strides 4, 8, 16, 32."""
 
     def __init__(
         self,
@@ -138,17 +138,17 @@ class ResNet(nnx.Module):
 
         Args:
             depth: 18, 34, 50 or 101.
-            width: Channels after the stem and of the first stage; 64 in the paper.
+            width: Channels of the stem and of the first stage; 64 in the paper.
             norm: See `gfl_jax.models.layers.Norm`.
-            caffe: Whether bottlenecks stride on their first 1x1, as the weights from Detectron do,
+            caffe: Whether bottlenecks stride on their first 1x1, as Detectron's weights expect,
                 instead of on the 3x3, as torchvision's do.
-            remat: Whether the backward pass computes the inside of each block again instead of
+            remat: Whether the backward pass recomputes the inside of each block instead of
                 keeping it.
             dtype: Of the activations; parameters are float32.
             rngs: Source of the initial weights.
 
         Raises:
-            ValueError: There is no ResNet of this depth here.
+            ValueError: The depth is not one of `BLOCKS`.
         """
         if depth not in BLOCKS:
             raise InputError(f"ResNet depth {depth} is unknown; use one of {sorted(BLOCKS)}")

@@ -1,6 +1,6 @@
-"""SSD (Liu et al., arXiv 1512.02325): VGG-16 and extra levels, a pair of convolutions for each.
+"""SSD (Liu et al., arXiv 1512.02325): VGG-16, extra levels, two output convolutions per level.
 
-Named as in the reference: backbone.features.N, neck.extra_layers, bbox_head.cls_convs, ...
+Names are those of the reference: backbone.features.N, neck.extra_layers, bbox_head.cls_convs, ...
 """
 
 import dataclasses
@@ -31,13 +31,13 @@ class SSDModel:
     Attributes:
         width: Channels of VGG's first block; 64 in the paper.
         extra_levels: Pyramid levels after the two of VGG; 5 for 512 pixels. The last one is a 4x4
-            convolution, which makes 1x1 of 2x2: the sides of the input are 2^(extra_levels + 4).
-        pretrained: File of VGG-16 with fc6 and fc7 as convolutions (31 and 33). Empty for random
+            convolution from 2x2 to 1x1: the sides of the input are 2^(extra_levels + 4).
+        pretrained: File of a VGG-16 with fc6 and fc7 as convolutions (31 and 33). Empty for random
             weights.
-        dtype: Of convolutions and activations. Parameters and the head's outputs are float32
-            always.
-        mean: Of RGB pixels, 0 to 255.
-        std: Of RGB pixels, 0 to 255.
+        dtype: Of convolutions and activations. Parameters and the head's outputs are always
+            float32.
+        mean: Of the RGB pixels (0 to 255).
+        std: Of the RGB pixels (0 to 255).
     """
 
     width: int = 64
@@ -59,15 +59,15 @@ class SSDModel:
         return dataclasses.replace(self, pretrained=source)
 
     def is_frozen(self, name: str) -> bool:
-        """No parameter is."""
+        """False: no parameter is frozen."""
         return False
 
     def random_backbone_problem(self) -> str:
-        """Random weights are no problem that could be told from the fields."""
+        """Empty: no choice of fields rules out random weights."""
         return ""
 
     def small(self, side: int) -> tuple["SSDModel", dict[str, Any]]:
-        """A VGG of a quarter of the width, levels and boxes down to one cell."""
+        """A VGG of a quarter of the width, with levels and boxes down to one cell."""
         levels = (side // 8).bit_length()
         ratios = ((2,), *((2, 3),) * (levels - 3), (2,), (2,))
         strides = tuple(8 * 2**level for level in range(levels))
@@ -76,7 +76,7 @@ class SSDModel:
 
 
 class VGG(nnx.Module):
-    """Images to the features of conv4_3 (stride 8) and of fc7 as a convolution (stride 16)."""
+    """Maps images to conv4_3 (stride 8) and to fc7 as a convolution (stride 16)."""
 
     def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         convs: dict[str, nnx.Conv] = {}
@@ -87,9 +87,9 @@ class VGG(nnx.Module):
                 convs[str(index)] = conv2d(
                     c_in, c_out, 3, kernel_init=_kaiming, dtype=dtype, rngs=rngs
                 )
-                index, c_in = index + 2, c_out  # a ReLU lies in between
+                index, c_in = index + 2, c_out  # with a ReLU in between
             index += 1  # the pooling
-        # fc6 of VGG: 7x7 thinned out to 3x3 at a distance of 6.
+        # VGG's fc6: 7x7 subsampled to 3x3 with dilation 6.
         convs[str(index)] = conv2d(
             c_in, 16 * width, 3, dilation=6, kernel_init=_kaiming, dtype=dtype, rngs=rngs
         )
@@ -108,7 +108,7 @@ class VGG(nnx.Module):
             if block == 3:
                 taken.append(x)
             if block < 4:
-                x = max_pool(x, 2, 2, (0, 1))  # an odd last row is pooled by itself
+                x = max_pool(x, 2, 2, (0, 1))  # an odd last row is pooled on its own
         x = max_pool(x, 3, 1, (1, 1))
         for conv in convs:
             x = jax.nn.relu(conv(x))
@@ -116,7 +116,7 @@ class VGG(nnx.Module):
 
 
 class L2Norm(nnx.Module):
-    """Every pixel's channels scaled to length 1, then each channel by a learnable factor."""
+    """Scales each pixel's channels to length 1, then each channel by a learnable factor."""
 
     def __init__(self, features: int):
         self.scale = nnx.Param(jnp.full((features,), 20.0))
@@ -124,7 +124,7 @@ class L2Norm(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         x = x.astype(jnp.float32)
         squared = (x**2).sum(-1, keepdims=True)
-        length = jnp.sqrt(jnp.where(squared > 0, squared, 1.0))  # a gradient at 0 too
+        length = jnp.sqrt(jnp.where(squared > 0, squared, 1.0))  # finite gradient at 0 too
         return self.scale[...] * x / (jnp.where(squared > 0, length, 0.0) + 1e-10)
 
 
@@ -182,7 +182,7 @@ class SSDHead(nnx.Module):
     ):
         if len(in_features) != len(predicts.per_cell):
             raise InputError(
-                f"model.extra_levels makes {len(in_features)} levels, detector.priors have "
+                f"model.extra_levels makes {len(in_features)} levels, but detector.priors has "
                 f"{len(predicts.per_cell)}"
             )
         if predicts.quality:
@@ -221,7 +221,7 @@ class SSDHead(nnx.Module):
 
 
 class SSD(nnx.Module):
-    """Backbone, neck and head; images normalised."""
+    """Backbone, neck and head, for normalised images."""
 
     def __init__(self, model: SSDModel, predicts: OutputSpec, *, rngs: nnx.Rngs):
         dtype, width = jnp.dtype(model.dtype), model.width

@@ -349,7 +349,7 @@ def test_frozen_batch_norm_rounds_to_bfloat16_once():
 
 
 def test_impossible_norms_are_named():
-    with pytest.raises(ValueError, match="GroupNorm cannot share 48 channels"):
+    with pytest.raises(ValueError, match="GroupNorm cannot split 48 channels"):
         layers.normalization("gn", 48, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="'ln' is unknown"):
         layers.normalization("ln", 32, rngs=nnx.Rngs(0))

@@ -238,7 +238,7 @@ def test_kernels_of_the_head_are_xaviers():
 @pytest.mark.parametrize(
     ("predicts", "message"),
     [
-        (SMALL_PREDICTS._replace(per_cell=(4, 4, 4, 4)), "makes 5 levels, detector.priors have 4"),
+        (SMALL_PREDICTS._replace(per_cell=(4, 4, 4, 4)), "5 levels, but detector.priors has 4"),
         (SMALL_PREDICTS._replace(quality="iou"), "no quality branch"),
     ],
 )
