@@ -1,8 +1,7 @@
 """A work directory as a value: the experiment, the classes and the weights of a trained detector.
 
-A run keeps two folders of checkpoints: `checkpoints`, the newest ones, and `best`, the one of the
-highest AP. Opening one needs neither its data set nor its optimiser, and runs no file of the
-user's.
+A run keeps two folders of checkpoints: `checkpoints`, the newest ones, and `best`, the one with the
+highest AP. Loading one needs neither its data set nor its optimiser, and runs no user code.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ from gfl_jax.paths import PathLike, as_path
 from gfl_jax.training.checkpoint import Checkpoints
 
 FORMAT = 1
-"""Of what is stored now; `_MIGRATIONS` brings older formats up to date."""
+"""The format written now; `_MIGRATIONS` brings older ones up to date."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +25,13 @@ class Run:
     """A trained detector.
 
     Attributes:
-        folder: its checkpoints.
+        folder: of its checkpoints.
         step: steps trained.
         experiment: what it is and how it was trained.
         category_ids: of the class labels 0, 1, ..., as in the annotations.
         category_names: of the class labels.
         network: the model with outputs for these classes.
-        variables: the weights, on the host; the averaged ones if training averaged them.
+        variables: the weights, on the host; their moving average if training kept one.
     """
 
     folder: PathLike
@@ -45,11 +44,11 @@ class Run:
 
 
 def load(path: PathLike) -> Run:
-    """Opens a trained detector; only its weights are read.
+    """Loads a trained detector; only its weights are read.
 
     Args:
-        path: a work directory, whose best checkpoint is opened, or its newest if there is no best
-            one; or a folder of checkpoints. Local, or `gs://...`.
+        path: a work directory, of which the best checkpoint is loaded, or the newest if there is no
+            best; or a folder of checkpoints. Local or `gs://...`.
 
     Raises:
         MissingFileError: there is no complete checkpoint.
@@ -79,7 +78,7 @@ def load(path: PathLike) -> Run:
 def describe(
     experiment: Experiment, category_ids: Sequence[int], category_names: Sequence[str]
 ) -> dict[str, Any]:
-    """What is stored beside the arrays of a checkpoint."""
+    """What is stored with the arrays of a checkpoint."""
     return {
         "format": FORMAT,
         "experiment": to_dict(experiment),
@@ -89,15 +88,15 @@ def describe(
 
 
 def experiment_of(about: dict[str, Any]) -> Experiment:
-    """The experiment that a checkpoint was made by.
+    """The experiment that a checkpoint is from.
 
     Raises:
-        InputError: it was written by a newer version, or is none.
+        InputError: a newer version wrote it, or it is not a valid experiment.
     """
     stored = about.get("format", 0)
     if stored > FORMAT:
         raise InputError(
-            f"the checkpoint has format {stored}, this version of gfl_jax reads up to {FORMAT}: "
+            f"the checkpoint has format {stored}, but this gfl_jax reads up to {FORMAT}: "
             "update gfl_jax"
         )
     experiment = about["experiment"]
@@ -107,13 +106,13 @@ def experiment_of(about: dict[str, Any]) -> Experiment:
 
 
 def changes_since(workdir: PathLike, experiment: Experiment) -> list[str]:
-    """What a run that resumes in `workdir` changes: 'train.lr: 0.01, now 0.02', ...
+    """What changes for a run that resumes in `workdir`: 'train.lr: 0.01, now 0.02', ...
 
     Raises:
-        InputError: its weights do not fit this experiment: they were trained with other anchors.
+        InputError: its weights do not fit this experiment: they were trained with other priors.
     """
     folder = as_path(workdir) / "checkpoints"
-    if not folder.exists():  # opening would make it
+    if not folder.exists():  # opening would create it
         return []
     checkpoints = Checkpoints(folder)
     if checkpoints.step is None:
@@ -122,14 +121,14 @@ def changes_since(workdir: PathLike, experiment: Experiment) -> list[str]:
     if stored.detector.priors != experiment.detector.priors:
         raise InputError(
             f"the checkpoint {checkpoints.folder / str(checkpoints.step)} was trained with "
-            f"{stored.detector.priors}, detector.priors is {experiment.detector.priors}: its "
-            "weights fit its own anchors only"
+            f"{stored.detector.priors}, but detector.priors is {experiment.detector.priors}: its "
+            "weights fit only the priors they were trained with"
         )
     return differences(to_dict(stored), to_dict(experiment))
 
 
 def _format_1(experiment: dict[str, Any]) -> dict[str, Any]:
-    """Custom losses were called Own...; a data source was a name beside the fields of all."""
+    """Custom losses were called Own...; a data source was a name, beside the fields of all."""
     names = {"OwnBoxLoss": "CustomBoxLoss", "OwnClassification": "CustomClassification"}
 
     def renamed(value: Any) -> Any:
@@ -154,18 +153,18 @@ def _source_as_value(data: dict[str, Any]) -> dict[str, Any]:
 
 
 _MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_format_1,)
-"""The JSON of an experiment from format 0 to 1, from 1 to 2, ..."""
+"""Migrate the JSON of an experiment from format 0 to 1, from 1 to 2, ..."""
 
 
 def _weights_of_format_0(state: dict[str, Any], like: Variables) -> Variables:
-    """The weights of a checkpoint that was one item, the whole state of training.
+    """The weights of a checkpoint whose only item was the whole training state.
 
     Args:
         state: `variables` (dictionaries of arrays by name), `ema`, and what training needs.
         like: shapes and dtypes; which variables are frozen has changed since.
 
     Raises:
-        InputError: they are of another model.
+        InputError: they belong to another model.
     """
     variables = state["variables"]
     arrays = {**variables["frozen"], **variables["stats"], **(state["ema"] or variables["params"])}

@@ -324,7 +324,7 @@ def test_a_save_that_fails_is_named_and_the_one_before_is_intact(finished, works
     assert failed.returncode == 1
     message = failed.stderr[failed.stderr.rindex("error: ") :]
     assert f"of step 4 could not be written to {workdir / 'checkpoints'}" in message
-    assert "which keeps the one of step 3" in message
+    assert "which still has the one of step 3" in message
     assert Checkpoints(workdir / "checkpoints").step == 3
     assert "resuming from step 3 of 27" in workspace.train(workdir)
     assert not list(workdir.glob("*/*tmp*"))  # Orbax cleans up at the next start

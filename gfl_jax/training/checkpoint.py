@@ -1,9 +1,9 @@
-"""Checkpoints by Orbax, local or in a bucket: atomic, and written in the background.
+"""Orbax checkpoints, local or in a bucket: atomic, and written in the background.
 
-A checkpoint is a few named items, trees of arrays that can be read one without the other, and a
-plain dictionary about them; what these mean is for `gfl_jax.run` to know. A save that was
-interrupted leaves nothing that counts as a checkpoint. Arrays are copies on the host, of which the
-first process writes one: any number of processes restores them.
+A checkpoint has a few named items, trees of arrays that can each be read without the others, and a
+plain dictionary about them; `gfl_jax.run` knows what they mean. An interrupted save leaves nothing
+that counts as a checkpoint. Arrays are copies on the host, written by the first process only: any
+number of processes can restore them.
 """
 
 import contextlib
@@ -19,24 +19,24 @@ from gfl_jax.errors import InputError, MissingFileError, WriteError
 from gfl_jax.paths import PathLike, as_path, is_remote
 
 _STATUS = re.compile("[A-Z_]+: ")
-"""Begins the ValueErrors of tensorstore, which reads and writes the arrays: 'RESOURCE_EXHAUSTED: '
+"""Prefix of ValueErrors from tensorstore, which reads and writes the arrays: 'RESOURCE_EXHAUSTED: '
 for a full disk, 'PERMISSION_DENIED: ' for a bucket."""
 
 
 class Checkpoints:
-    """One folder of checkpoints, by step, local or in a bucket.
+    """A folder of checkpoints by step, local or in a bucket.
 
     Attributes:
-        folder: where they are, absolute.
+        folder: its absolute path.
     """
 
     def __init__(self, folder: PathLike, *, keep: int = 1, writes: bool = False):
-        """Opens the folder, made when first saved to.
+        """Opens the folder, and creates it if there is none.
 
         Args:
             folder: where the checkpoints are.
-            keep: how many of the newest stay.
-            writes: True for the run whose folder it is: what interrupted saves left is removed.
+            keep: how many of the newest to keep.
+            writes: True for the run that saves to it: leftovers of interrupted saves are removed.
         """
         folder = as_path(folder)
         self.folder = folder if is_remote(folder) else folder.absolute()
@@ -48,7 +48,7 @@ class Checkpoints:
 
     @classmethod
     def find(cls, folder: PathLike) -> "Checkpoints":
-        """The checkpoints of a work directory, its best one if there is one; or a folder of them.
+        """The checkpoints of a work directory (its best, if it has one) or of a checkpoint folder.
 
         Raises:
             MissingFileError: there is no complete checkpoint in any of these places.
@@ -60,8 +60,8 @@ class Checkpoints:
                 if checkpoints.step is not None:
                     return checkpoints
         raise MissingFileError(
-            f"no complete checkpoint in {folder}: name a work directory of `gfl-jax train`, or a "
-            "folder whose entries are steps"
+            f"no complete checkpoint in {folder}: pass a work directory of `gfl-jax train`, or a "
+            "folder of checkpoints by step"
         )
 
     @property
@@ -70,15 +70,15 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, items: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-        """Starts to write the items; a save that is still under way is awaited first.
+        """Starts writing the items, once the previous save is done.
 
         Args:
-            step: names the checkpoint; one that exists is left as it is.
+            step: names the checkpoint; an existing one is left as it is.
             items: trees of host arrays by name.
-            about: JSON values kept beside them.
+            about: JSON values stored with them.
 
         Raises:
-            WriteError: this or the save before failed, for want of space for instance.
+            WriteError: this save or the previous one failed, on a full disk for instance.
         """
         if step in self._manager.all_steps():
             return
@@ -90,7 +90,7 @@ class Checkpoints:
             self._manager.save(step, args=args)
 
     def about(self) -> dict[str, Any]:
-        """What was saved beside the items of the newest checkpoint.
+        """The dictionary that was saved with the newest checkpoint.
 
         Raises:
             MissingFileError: there is no complete checkpoint.
@@ -100,7 +100,7 @@ class Checkpoints:
         return dict(self._manager.restore(self.step, args=args)["about"])
 
     def read(self, item: str) -> Any:
-        """An item of the newest checkpoint as it was stored: dictionaries of arrays on the host.
+        """An item of the newest checkpoint as stored: dictionaries of arrays on the host.
 
         Raises:
             MissingFileError: there is no complete checkpoint.
@@ -110,7 +110,7 @@ class Checkpoints:
         return self._manager.restore(self.step, args=args)[item]
 
     def _must_have_items(self, names: Iterable[str]) -> None:
-        """Raises unless there is a checkpoint with items of these names."""
+        """Raises unless there is a checkpoint with these items."""
         if self.step is None:
             raise MissingFileError(f"no complete checkpoint in {self.folder}")
         folder = self.folder / str(self.step)
@@ -122,14 +122,14 @@ class Checkpoints:
             )
 
     def restore(self, like: Mapping[str, Any]) -> dict[str, Any]:
-        """Items of the newest checkpoint, on the host; those not asked for are not read.
+        """Items of the newest checkpoint, on the host; other items are not read.
 
         Args:
-            like: for each item wanted a tree of the same structure, shapes and dtypes.
+            like: for each item to read, a tree of the same structure, shapes and dtypes.
 
         Raises:
             MissingFileError: there is no complete checkpoint.
-            InputError: a stored item differs from `like`: it is of another model or optimiser.
+            InputError: a stored item does not match `like`: the model or optimiser is another.
         """
         self._must_have_items(like)
         abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), dict(like))
@@ -149,10 +149,10 @@ class Checkpoints:
             if _STATUS.match(str(error)):
                 raise InputError(
                     f"the checkpoint {self.folder / str(self.step)} is damaged: delete this "
-                    f"folder, then the one before is used. {error}"
+                    f"folder to go back to the previous one. {error}"
                 ) from error
             raise InputError(
-                f"the checkpoint {self.folder / str(self.step)} was made by another model or "
+                f"the checkpoint {self.folder / str(self.step)} is of another model or "
                 f"optimiser than this config's; use another --workdir, or that config: {error}"
             ) from error
         return items
@@ -168,7 +168,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
-        """Failed writes as a WriteError that says what is lost and what is kept."""
+        """Turns failed writes into a WriteError that says what is lost and what is kept."""
         try:
             yield
         except (OSError, ValueError) as error:
@@ -177,20 +177,20 @@ class Checkpoints:
             kept = "no earlier one" if self.step is None else f"the one of step {self.step}"
             raise WriteError(
                 f"the checkpoint of step {self._writing} could not be written to {self.folder}, "
-                f"which keeps {kept}: free some space or fix the permissions, then rerun the same "
+                f"which still has {kept}: free some space or fix permissions, then rerun the same "
                 f"command. {error}"
             ) from error
 
     def close(self) -> None:
-        """Waits, and ends the use of the folder."""
+        """Finishes pending writes and closes the folder."""
         self.wait()
         self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
-        """For `with`: what is being written when it ends is written to its end."""
+        """For `with`: pending writes are finished when it ends."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Closes; of an error that is under way and one of the closing, the first is raised."""
+        """Closes; an error from inside the `with` takes precedence over a failed write."""
         with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
             self.close()

@@ -1,4 +1,4 @@
-"""Detections of a whole split, judged by pycocotools."""
+"""Detections on a whole split, evaluated by pycocotools."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,7 @@ from gfl_jax.models.network import Network, Variables
 
 
 def make_predict(network: Network, detector: Detector) -> Callable[[Variables, Batch], Detections]:
-    """`predict(variables, batch)`: detections of one device's images, in original pixels."""
+    """`predict(variables, batch)`: detections on one device's images, in original pixels."""
 
     def predict(variables: Variables, batch: Batch) -> Detections:
         outputs, _ = network.apply(variables, batch.images, batch.sizes, train=False)
@@ -33,7 +33,7 @@ def make_predict(network: Network, detector: Detector) -> Callable[[Variables, B
 
 
 class Evaluator:
-    """Evaluates variables on a split, as often as asked: what is compiled or started stays."""
+    """Evaluates variables on a split, repeatedly: compiled programs and workers are reused."""
 
     def __init__(
         self,
@@ -45,16 +45,16 @@ class Evaluator:
         per_device: int = 8,
         limit: int = 0,
     ):
-        """Compiles and starts nothing yet.
+        """Neither compiles nor starts anything yet.
 
         Args:
             network: the network.
-            detector: makes detections of its outputs.
+            detector: turns its outputs into detections.
             data: how images reach the network.
-            devices: the mapping.
+            devices: the device mapping.
             split: the images.
-            per_device: images per device at once.
-            limit: how many images; 0: all.
+            per_device: images per device and batch.
+            limit: number of images; 0: all.
         """
         self._data, self._devices, self._split = data, devices, split
         self.plan = eval_plan(data, split, per_device * devices.count, limit)
@@ -76,11 +76,11 @@ class Evaluator:
 
         Args:
             variables: on the devices.
-            before_each: called before each batch. If it raises, this evaluator is of no more use.
+            before_each: called before each batch. If it raises, discard this evaluator.
 
         Returns:
-            The evaluation, the same on every host, and the COCO results. Of several processes the
-            first alone evaluates.
+            The evaluation, the same on every host, and the COCO results. With several processes,
+            only the first evaluates.
         """
         steps = self.plan.steps_per_epoch
         results = predict_all(
@@ -108,7 +108,7 @@ class Evaluator:
         return Evaluation(dict(zip(METRICS, metrics.tolist(), strict=True)), per_class), results
 
     def images_per_second(self, variables: Any, repeats: int = 5) -> tuple[float, float]:
-        """Throughput on the first batch, with and without post-processing: medians, in turn."""
+        """Images/s on the first batch with and without post-processing: medians, run in turn."""
         here = dataclasses.replace(self._data, workers=0)
         host = next(batches(self.plan, self._split, range(1), here, self._devices.share))
         shard = self._devices.shard(host.batch)
@@ -124,7 +124,7 @@ class Evaluator:
         return images / with_post, images / without_post
 
     def close(self) -> None:
-        """Ends the worker processes."""
+        """Stops the worker processes."""
         self._batches.close()
 
 
@@ -138,22 +138,22 @@ def predict_all(
     total: int,
     before_each: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Detections of all images, as COCO results.
+    """Detections on all images, as COCO results.
 
     They are fetched one batch late, so that devices need not wait for the host.
 
     Args:
         predict: mapped over the devices: (variables, batch) to Detections.
         variables: replicated over the devices.
-        batches: every image once among the slots that are real; of each this host's part.
-        devices: the mapping.
+        batches: this host's part of each; every image is in one real slot.
+        devices: the device mapping.
         split: gives category ids.
         total: number of batches, for the progress bar.
         before_each: called before each batch.
 
     Returns:
         One entry per detection: image_id, category_id, bbox (x, y, width, height in pixels of the
-        original image) and score; by image ids. The same on every host.
+        original image) and score; sorted by image id. The same on every host.
     """
     progress = tqdm(
         prefetch(devices, batches, lambda host: host.batch),

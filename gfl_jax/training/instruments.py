@@ -1,4 +1,4 @@
-"""Where the time of a run goes: goodput and profiles; and compiled programs that are kept."""
+"""Where the time of a run goes (goodput, profiles), and the cache of compiled programs."""
 
 import contextlib
 import time
@@ -18,8 +18,8 @@ PHASES = ("steps", "waiting for input", "compiling", "evaluating", "saving", "ot
 class Clock:
     """Divides the wall time of a run among its phases.
 
-    Each second counts once: in the innermost phase under way, or as compiling. What is in no phase
-    is 'other'.
+    Each second counts once: towards the innermost current phase, or as compiling. Time outside all
+    phases is 'other'.
 
         with Clock() as clock:
             with clock("steps"):
@@ -30,20 +30,20 @@ class Clock:
     def __init__(self):
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._phases, self._since = ["other"], time.perf_counter()
-        self._compiled: list[tuple[float, float]] = []  # (begin, end) of this phase's, apart
+        self._compiled: list[tuple[float, float]] = []  # (begin, end) in this phase, disjoint
 
     def __enter__(self) -> "Clock":
-        """Starts to listen for compilations."""
+        """Starts listening for compilations."""
         jax.monitoring.register_event_duration_secs_listener(self._listen)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stops to listen."""
+        """Stops listening."""
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """The time within counts as this phase."""
+        """Time inside the `with` counts as this phase."""
         self._settle()
         self._phases.append(phase)
         try:
@@ -60,7 +60,7 @@ class Clock:
         self._since, self._compiled = now, []
 
     def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
-        """Tracing, lowering, compiling; one within another is reported first and counts once."""
+        """Tracing, lowering, compiling; a nested one is reported first and counts once."""
         if event.startswith("/jax/core/compile/"):
             end = time.perf_counter()
             begin = max(end - duration_secs, self._since)
@@ -68,7 +68,7 @@ class Clock:
             self._compiled.append((begin, end))
 
     def shares(self) -> dict[str, float]:
-        """The share of each of PHASES in the time since the start; they add up to 1."""
+        """The share of each of PHASES of the time since the start; they add up to 1."""
         self._settle()
         whole = sum(self.seconds.values())
         return {phase: self.seconds[phase] / whole for phase in PHASES}
@@ -81,20 +81,20 @@ class Clock:
 
 
 class Profiler:
-    """Writes a jax.profiler trace of some steps, each of them annotated."""
+    """Writes a jax.profiler trace of some steps, each annotated."""
 
     def __init__(self, steps: range, workdir: PathLike):
-        """Profiles `steps` into the folder `profile` of a work directory.
+        """Traces `steps` into the folder `profile` of a work directory.
 
         Raises:
             InputError: the work directory is not on a local disk.
         """
         if steps and is_remote(workdir):
-            raise InputError(f"train.profile needs a local work directory, {workdir} is a bucket")
+            raise InputError(f"train.profile needs a local workdir, but {workdir} is a bucket")
         self._steps, self._folder, self._running = steps, Path(workdir) / "profile", False
 
     def __enter__(self) -> "Profiler":
-        """Ends the trace, should it still run, when the `with` ends."""
+        """For `with`: a trace that is still running when it ends is ended."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,11 +102,11 @@ class Profiler:
         self._trace(False)
 
     def step(self, step: int, state: Any) -> contextlib.AbstractContextManager:
-        """To be entered around each step.
+        """The context in which to run each step.
 
         Args:
             step: counted from 0.
-            state: what the steps before compute; a trace ends only when it is there.
+            state: what the previous steps compute; a trace ends only when it is ready.
         """
         if self._running and step not in self._steps:
             jax.block_until_ready(state)
@@ -122,17 +122,17 @@ class Profiler:
 
 
 def keep_compiled(workdir: PathLike) -> None:
-    """Keeps compiled programs in `workdir/xla_cache`, so that a resumed run need not compile again.
+    """Caches compiled programs in `workdir/xla_cache`: a resumed run need not compile again.
 
-    The folder is for its owner alone (mode 0700), since programs are executed as they are found.
-    Nothing is kept in a remote work directory, in one that cannot be written to, or where a cache
-    is configured already, by JAX_COMPILATION_CACHE_DIR for instance.
+    Only the owner can use the folder (mode 0700), since programs are executed as they are found.
+    Nothing is cached in a remote work directory, in one that cannot be written to, or if a cache is
+    already configured, by JAX_COMPILATION_CACHE_DIR for instance.
     """
     if jax.config.values["jax_compilation_cache_dir"] or is_remote(workdir):
         return
     folder = Path(workdir) / "xla_cache"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)  # fails where it belongs to somebody else
+        folder.chmod(0o700)  # fails if it belongs to somebody else
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-        compilation_cache.reset_cache()  # it may have been looked for already
+        compilation_cache.reset_cache()  # JAX may have looked for one already

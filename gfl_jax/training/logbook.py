@@ -1,4 +1,4 @@
-"""What a run leaves in its work directory: checkpoints, metrics, and results of evaluations."""
+"""What a run writes to its work directory: checkpoints, metrics and evaluation results."""
 
 import contextlib
 import json
@@ -27,12 +27,12 @@ class NonFiniteLossError(UserError, FloatingPointError):
 
 
 class Logbook:
-    """Writes down the steps and evaluations of a run; nothing that is not finite is kept.
+    """Records the steps and evaluations of a run; nothing non-finite is kept.
 
     Attributes:
         folder: of the newest checkpoints.
-        start: number of steps of the newest checkpoint; 0 if there is none.
-        evaluated: whether the metrics have an evaluation of that step already.
+        start: step of the newest checkpoint; 0 if there is none.
+        evaluated: whether the metrics already have an evaluation of that step.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class Logbook:
         clock: Clock,
         log_every: int,
     ):
-        """Opens the work directory, or makes it.
+        """Opens or creates the work directory.
 
         Args:
             workdir: the work directory.
-            devices: the mapping.
+            devices: the device mapping.
             about: stored in every checkpoint.
             clock: measures the run.
-            log_every: steps between entries of the metrics.
+            log_every: steps between metrics entries.
 
         Raises:
             InputError: processes see different checkpoints.
@@ -76,7 +76,7 @@ class Logbook:
         """The state of the newest checkpoint, on the host; None if there is none.
 
         Raises:
-            ValueError: it is of another model or optimiser than `like`.
+            ValueError: it belongs to another model or optimiser than `like`.
         """
         if self._newest.step is None:
             return None
@@ -95,24 +95,24 @@ class Logbook:
         self._restart()
 
     def _restart(self) -> None:
-        """Counts images and seconds from now."""
+        """Restarts counting images and seconds."""
         self._since, self._images = time.perf_counter(), 0
         self._waited = self._clock.seconds["waiting for input"]
 
     def add(self, step: int, host: HostBatch, scalars: Any, per_image: Any) -> None:
-        """Takes the numbers of a step that was dispatched, and reads those of the step before.
+        """Takes the numbers of a dispatched step, and reads those of the previous one.
 
-        So the devices have the next step to do while the host reads.
+        This keeps the devices busy with the next step while the host reads.
 
         Raises:
-            NonFiniteLossError: the numbers of the step before are not finite.
+            NonFiniteLossError: the numbers of the previous step are not finite.
         """
         self.settle()
         self._waiting = (step, host, scalars, per_image)
         self._progress.update()
 
     def settle(self) -> None:
-        """Waits for the step added last, checks its numbers and logs them if it is their turn.
+        """Waits for the last added step, checks its numbers, and logs them when due.
 
         Raises:
             NonFiniteLossError: they are not finite.
@@ -137,27 +137,27 @@ class Logbook:
             )
 
     def save(self, step: int, state: TrainState, *, wait: bool = False) -> None:
-        """Starts to write a checkpoint of `step` steps.
+        """Starts writing the checkpoint of step `step`.
 
         Args:
             step: number of steps taken.
             state: on the devices.
-            wait: until it is on disk.
+            wait: whether to wait until it is on disk.
 
         Raises:
             NonFiniteLossError: a number of the last step or a parameter is not finite.
-            OSError: this or the save before failed.
+            OSError: this save or the previous one failed.
         """
         self.settle()
         with self._clock("saving"):
             copy = self._finite_copy(step, state)
-            self._log.flush()  # nothing that was logged before a checkpoint is lost by a kill
+            self._log.flush()  # a kill loses no entry from before a checkpoint
             self._newest.save(step, copy.items(), self._about)
             if wait:
                 self._newest.wait()
 
     def _finite_copy(self, step: int, state: TrainState) -> TrainState:
-        """The state on the host; an update may overflow where loss and gradient do not."""
+        """The state on the host; an update may overflow even if loss and gradient do not."""
         copy = self._devices.fetch_replicated(state)
         bad = [n for n, value in copy.variables.params.items() if not np.isfinite(value).all()]
         if bad:
@@ -167,7 +167,7 @@ class Logbook:
     def evaluation(
         self, step: int, state: TrainState, evaluation: Evaluation, results: list[dict[str, Any]]
     ) -> None:
-        """Writes down an evaluation; keeps the state as the best one if its AP is the highest.
+        """Records an evaluation; saves the state as the best if its AP is the highest so far.
 
         Args:
             step: number of steps taken.
@@ -181,10 +181,10 @@ class Logbook:
         if (ap := evaluation.metrics["AP"]) > self._best_ap:
             self._best_ap = ap
             with self._clock("saving"):
-                self._newest.wait()  # with two saves at once processes wait for different ones
+                self._newest.wait()  # with two saves at once, processes wait for different ones
                 items = self._finite_copy(step, state).items()
                 self._best.save(step, items, {**self._about, "AP": ap})
-                self._best.wait()  # an evaluation that is logged is not repeated after a kill
+                self._best.wait()  # a logged evaluation is not repeated after a kill
         self._log.write("val", step, evaluation.metrics)
         self._log.flush()
         self._restart()
@@ -196,11 +196,11 @@ class Logbook:
             self._log.close()
 
     def __enter__(self) -> "Logbook":
-        """For `with`: what is being written when it ends is written to its end."""
+        """For `with`: pending writes are finished when it ends."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Closes; of an error that is under way and one of the closing, the first is raised."""
+        """Closes; an error from inside the `with` takes precedence over a failed write."""
         with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
             self.close()
 
@@ -213,11 +213,11 @@ def check_finite(
     Args:
         step: counted from 0.
         scalars: of the whole batch, by the names of the terms.
-        per_image: shares of the images in the terms, [batch].
+        per_image: each image's share of the terms, [batch].
         image_ids: of the batch.
 
     Raises:
-        NonFiniteLossError: some are not finite; it names the terms and the images.
+        NonFiniteLossError: some are not finite; the message names the terms and the images.
     """
     bad = [name for name, value in scalars.items() if not np.isfinite(value)]
     if not bad:
@@ -227,7 +227,7 @@ def check_finite(
     values = ", ".join(f"{name} = {scalars[name]}" for name in bad)
     raise NonFiniteLossError(
         f"step {step}: {values}. "
-        + ("Terms that are not finite come from" if faulty.any() else "The batch held")
-        + f" image ids {', '.join(map(str, culprits))}. The last checkpoint is from before; a "
-        "lower train.lr, a longer train.warmup_steps or train.clip_norm=35 may help."
+        + ("The non-finite terms come from" if faulty.any() else "The batch held")
+        + f" image ids {', '.join(map(str, culprits))}. The last checkpoint predates it; a "
+        "lower train.lr, more train.warmup_steps or train.clip_norm=35 may help."
     )

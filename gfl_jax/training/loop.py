@@ -1,4 +1,4 @@
-"""The loop: steps, checkpoints and evaluations, from wherever the work directory left off."""
+"""The training loop: steps, checkpoints, evaluations; resumes where the last run stopped."""
 
 import contextlib
 import functools
@@ -45,28 +45,27 @@ def fit(
 ) -> None:
     """Trains to the end, resuming from the newest checkpoint in `workdir` if there is one.
 
-    Writes metrics, checkpoints, and COCO results of the last evaluation into it. The result does
-    not depend on interruptions. Of several processes, all must see the same `workdir`; the first
-    writes.
+    Writes metrics, checkpoints and the COCO results of the last evaluation into it. Interruptions
+    do not change the result. All processes must see the same `workdir`; the first one writes.
 
     Args:
-        network: what is trained.
+        network: what to train.
         detector: its losses and detections.
         data: how images reach the network.
         train: the schedule.
         train_split: images to train on.
         val_split: images to evaluate on.
-        devices: the mapping.
+        devices: the device mapping.
         workdir: the work directory, local or `gs://...`.
-        initial: makes the weights that a new run begins with.
+        initial: makes the initial weights of a new run.
         about: stored in every checkpoint.
 
     Raises:
-        Preempted: SIGTERM came; the state is saved.
-        OSError: a checkpoint could not be written; those before are intact.
+        Preempted: SIGTERM arrived; the state is saved.
+        OSError: a checkpoint could not be written; earlier ones are intact.
         NonFiniteLossError: a loss is not finite; nothing of that step is saved.
-        ValueError: devices cannot share a batch equally, processes see different checkpoints, the
-            checkpoint is of another model, or the splits have different classes.
+        ValueError: the batch cannot be split evenly over the devices, processes see different
+            checkpoints, the checkpoint is of another model, or the splits have different classes.
     """
     detector.resolve()
     _check(train, devices, train_split, val_split)
@@ -131,7 +130,7 @@ def fit(
 
 
 def _save_and_stop(log: Logbook, step: int, state: TrainState, total: int) -> None:
-    """Ends the program with a checkpoint."""
+    """Saves a checkpoint and stops the run."""
     began = time.perf_counter()
     log.save(step, state, wait=True)
     seconds = time.perf_counter() - began
@@ -145,10 +144,10 @@ def _save_and_stop(log: Logbook, step: int, state: TrainState, total: int) -> No
 def _check(
     train: Train, devices: Pmap | ShardMap, train_split: PreparedSplit, val_split: PreparedSplit
 ) -> None:
-    """Raises what can be known to be wrong before anything starts."""
+    """Raises errors that can be found before anything starts."""
     if train_split.category_ids != val_split.category_ids:
         raise InputError(
-            f"training has the categories {train_split.category_names}, evaluation has "
+            f"training has the categories {train_split.category_names}, but evaluation has "
             f"{val_split.category_names}: both annotation files must list the same"
         )
     if train.batch_size % (devices.count * train.accumulate):
@@ -172,8 +171,8 @@ def _announce(
         print_once(f"resuming from step {log.start} of {total} in {log.folder}")
     unusable = len(plan.sizes) - len(plan.indices)
     print_once(
-        f"training on {len(plan.indices)} images ({unusable} without objects or under 32 pixels "
-        f"left out), {plan.steps_per_epoch} steps per epoch, {total} in all\n"
+        f"training on {len(plan.indices)} images ({unusable} left out: no objects, or under 32 "
+        f"pixels), {plan.steps_per_epoch} steps per epoch, {total} in all\n"
         f"learning rate {train.lr:g} for 16 images x batch {train.batch_size} / 16 = "
         f"{train.lr * train.batch_size / 16:g}, on {devices.count} x {devices.kind}"
     )

@@ -12,14 +12,14 @@ from gfl_jax.paths import PathLike, as_path, is_remote, write
 FILE = "metrics.jsonl"
 
 SHARE = 0.01
-"""Largest part of the time that is spent on writing the file."""
+"""Largest share of the time to spend on writing the file."""
 
 LONGEST = 60.0
-"""Seconds after which the file is written whatever that takes."""
+"""Seconds after which the file is written however long that takes."""
 
 
 def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
-    """The entries of `workdir/metrics.jsonl` in order; lines that are not JSON are left out."""
+    """The entries of `workdir/metrics.jsonl` in order; invalid lines are left out."""
     file = as_path(workdir) / FILE
     entries = []
     for line in file.read_text().splitlines() if file.exists() else []:
@@ -33,14 +33,14 @@ def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Collects entries of a kind ('train', 'val') and a step.
+    """Collects entries, each of a kind ('train', 'val') and a step.
 
-    Nothing can be appended to a file in a bucket, so the file is always written whole: by `flush`
-    and, in between, as often as it takes at most 1% of the time. On a local disk that is with
-    nearly every entry, in a bucket every few seconds.
+    Files in a bucket cannot be appended to, so the whole file is always rewritten: by `flush` and,
+    in between, as often as that takes at most 1% of the time. That is with nearly every entry on a
+    local disk, every few seconds in a bucket.
 
     Attributes:
-        entries: all of the run, in order.
+        entries: all those of the run, in order.
     """
 
     def __init__(self, workdir: PathLike, start: int, *, writes: bool = True):
@@ -49,7 +49,7 @@ class MetricsLog:
         Args:
             workdir: where the file and the folder `tensorboard` are.
             start: steps taken.
-            writes: False for a process that only keeps the entries to itself.
+            writes: False for a process that only keeps the entries in memory.
         """
         self._workdir, self._writes = as_path(workdir), writes
         self.entries = [entry for entry in read_metrics(workdir) if entry["step"] <= start]
@@ -77,7 +77,7 @@ class MetricsLog:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the file now: before a checkpoint, and what must not be done twice.
+        """Writes the file now: before a checkpoint, and after what must not be repeated.
 
         Raises:
             WriteError: it could not be written.
@@ -101,13 +101,13 @@ class MetricsLog:
 
 
 def _summary_writer(workdir: Any, start: int) -> Any:
-    """TensorBoard's events of a run from step `start`, or None with a sentence why."""
+    """A writer of TensorBoard events from step `start`; None, and a message why, without one."""
     try:
         with needs("tensorboard"):
             from tensorboardX import SummaryWriter
         if is_remote(workdir):
             with needs("gcs"):
-                import google.cloud.storage  # noqa: F401  # what tensorboardX writes to gs:// by
+                import google.cloud.storage  # noqa: F401  # what tensorboardX writes to gs:// with
     except MissingExtraError as error:
         print(f"no TensorBoard events: {error}")
         return None

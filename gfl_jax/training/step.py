@@ -1,4 +1,4 @@
-"""The optimiser and the one train step, written for one device and mapped over all of them."""
+"""The optimiser and the train step, written for one device and mapped over all of them."""
 
 import dataclasses
 import re
@@ -29,29 +29,29 @@ class Train:
     Attributes:
         batch_size: images per step over all devices; a multiple of devices x accumulate.
         lr: learning rate for a batch of 16; it is scaled by batch_size / 16.
-        momentum: part of the velocity that a step keeps.
-        weight_decay: factor of the parameters that is added to their gradients.
+        momentum: fraction of the velocity that a step keeps.
+        weight_decay: multiple of the parameters that is added to their gradients.
         epochs: length of the training.
         milestones: epochs after which the learning rate is multiplied by 0.1.
         warmup_steps: steps in which the learning rate rises from warmup_factor * lr to lr.
         warmup_factor: where the rise begins, as a factor of lr.
-        warmup: 'linear' rises with every step; 'constant' all at once at the end.
-        bias_lr: factor of the learning rate of convolutions' biases.
-        bias_decay: factor of weight_decay for all biases.
-        clip_norm: largest norm of the whole gradient; 0: no clipping.
-        ema_decay: decay per step of the average of the parameters that is evaluated instead of
-            them; 0: no average.
-        mapping: how the step is laid over devices; 'auto': pmap in one process, shard_map in
+        warmup: 'linear' rises with every step; 'constant' jumps at the end.
+        bias_lr: factor on the learning rate of the convolutions' biases.
+        bias_decay: factor on weight_decay for all biases.
+        clip_norm: largest global norm of the gradient; 0: no clipping.
+        ema_decay: decay per step of the moving average of the parameters, which is evaluated in
+            their place; 0: no average.
+        mapping: how the step is mapped over devices; 'auto': pmap in one process, shard_map in
             several.
-        accumulate: parts in which a device computes its images one after another, for memory; each
-            costs a further forward pass. The step is that of the whole batch.
-        eval_batch: images per device at once in evaluation. It does not depend on the number of
+        accumulate: parts into which a device splits its images to save memory; more than one cost
+            a second forward pass. The step is still that of the whole batch.
+        eval_batch: images per device and batch in evaluation. It does not depend on the number of
             devices, and so neither do the results.
         eval_every: epochs between evaluations; 0: only after the last.
         checkpoint_every: steps between checkpoints; 0: one after each epoch.
-        log_every: steps between entries of the metrics files.
-        profile: FIRST:LAST, such as 20:25: steps (counted from 0, LAST not included) of which
-            jax.profiler writes a trace to the folder `profile` of the work directory; empty: none.
+        log_every: steps between metrics entries.
+        profile: FIRST:LAST, such as 20:25: steps (counted from 0, LAST not included) that
+            jax.profiler traces to the folder `profile` of the work directory; empty: none.
         seed: of initial weights, batches and augmentation.
     """
 
@@ -97,7 +97,7 @@ class Train:
 
 
 class TrainState(NamedTuple):
-    """All that a step changes: what a checkpoint holds.
+    """Everything that a step changes, and a checkpoint holds.
 
     Attributes:
         step: number of steps taken.
@@ -112,11 +112,11 @@ class TrainState(NamedTuple):
     ema: Arrays
 
     def evaluated(self) -> Variables:
-        """The variables that evaluation uses: averaged parameters if there are any."""
+        """The variables to evaluate: with averaged parameters if there are any."""
         return self.variables._replace(params=self.ema or self.variables.params)
 
     def items(self) -> dict[str, Any]:
-        """The state as a checkpoint keeps it: `weights`, for inference; `training`, all else."""
+        """The state as checkpoints store it: `weights`, for inference; `training`, the rest."""
         raw = self.variables.params if self.ema else {}
         return {"weights": self.evaluated(), "training": (self.step, self.optimizer, raw)}
 
@@ -133,7 +133,7 @@ def learning_rate(train: Train, steps_per_epoch: int) -> optax.Schedule:
     base = train.lr * train.batch_size / 16
     drops = {milestone * steps_per_epoch: 0.1 for milestone in train.milestones}
     steps = optax.piecewise_constant_schedule(base, drops)
-    # As in the reference, the whole rate is reached at the last of the warm-up's steps.
+    # As in the reference, the last warm-up step already has the full rate.
     last = max(train.warmup_steps - 1, 1)
     start = train.warmup_factor if train.warmup_steps else 1.0
     rise = optax.linear_schedule(start, 1.0, last)
@@ -170,7 +170,7 @@ def sgd(train: Train, schedule: optax.Schedule) -> optax.GradientTransformation:
 def init_state(
     variables: Variables, optimizer: optax.GradientTransformation, train: Train
 ) -> TrainState:
-    """The state before the first step from these variables."""
+    """The state before the first step, with these variables."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
@@ -194,8 +194,8 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Scalars, PerImage]]:
     """One step on one device's share of the batch, to be mapped over the devices.
 
-    The counts that losses are divided by, the losses and the gradients are summed over AXIS, so
-    that the step does not depend on how images are spread over devices.
+    The losses, the counts they are divided by and the gradients are summed over AXIS, so that the
+    step does not depend on how images are spread over devices.
 
     Returns:
         `train_step(state, batch)`: the new state, scalars of the global batch (each loss term,
@@ -203,15 +203,15 @@ def make_train_step(
     """
 
     def forward(variables: Variables, batch: Batch) -> tuple[Outputs, Arrays]:
-        """The outputs of all images and the new statistics, the mean of those of the parts."""
+        """The outputs of all images and the new statistics, averaged over the parts."""
 
         def apply(part):
             return network.apply(variables, *part, train=True)
 
         if train.accumulate == 1:
             return apply((batch.images, batch.sizes))
-        # Of each part only inputs and outputs are kept; going back computes the part again. So the
-        # losses see the whole batch, and what they divide by is right.
+        # Only inputs and outputs of each part are kept; the backward pass recomputes the rest. So
+        # the losses see the whole batch, and the counts they divide by are right.
         parts = jax.tree.map(
             lambda x: x.reshape(train.accumulate, -1, *x.shape[1:]), (batch.images, batch.sizes)
         )

@@ -229,7 +229,7 @@ def test_only_errors_of_the_storage_are_blamed_on_it(tmp_path, monkeypatch, faul
     assert fault in str(error.value)
     if expected is OSError:
         assert "of step 2 could not be written" in str(error.value)
-        assert "keeps the one of step 1" in str(error.value)
+        assert "still has the one of step 1" in str(error.value)
     else:
         assert str(error.value) == fault
     checkpoints.close()
