@@ -130,7 +130,7 @@ def test_a_value_that_cannot_be_is_a_mistake_on_the_command_line(capsys):
     with pytest.raises(SystemExit) as stop:
         parsed(systems.gfl, "--data.flip", "2")
     assert stop.value.code == 2
-    assert "data.flip is 2.0; it is a probability" in capsys.readouterr().err
+    assert "data.flip is 2.0; it must be a probability" in capsys.readouterr().err
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""COCO's annotation format: a json is read and checked whole, and what is wrong is listed."""
+"""COCO's annotation format: reads a json, checks all of it, and lists every problem."""
 
 import collections
 import dataclasses
@@ -29,8 +29,8 @@ class Object(NamedTuple):
     Attributes:
         box: (x1, y1, x2, y2) in pixels; may stick out of the image.
         label: 0-based.
-        crowd: a region of many objects, no ground truth for training.
-        ignore: no ground truth for training either.
+        crowd: a region of many objects, not ground truth for training.
+        ignore: not ground truth for training either.
     """
 
     box: tuple[float, float, float, float]
@@ -41,16 +41,16 @@ class Object(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ImageEntry:
-    """An image that a json describes without fault.
+    """An image with a valid entry in the json.
 
     Attributes:
         image_id: as in the json.
         filename: relative to the image folder, as in the json.
         size: (height, width) in pixels.
-        stated: the image as the json has it.
+        stated: its entry in the json.
         objects: its kept annotations.
-        annotations: the same as the json has them, without segmentation; area and iscrowd filled
-            in where they were left out.
+        annotations: their entries in the json, without segmentation; missing area and iscrowd are
+            filled in.
     """
 
     image_id: int
@@ -67,9 +67,9 @@ class Problem:
 
     Attributes:
         kind: what sort of problem; problems are counted by it.
-        file: the image file, or the json where no image can be named.
-        image_id: id of the image, if one is concerned.
-        annotation_id: id of the annotation, if one is concerned.
+        file: the image file, or the json if no image can be named.
+        image_id: id of the image, if the problem has one.
+        annotation_id: id of the annotation, if the problem has one.
         detail: what is wrong.
     """
 
@@ -90,11 +90,11 @@ class DataError(InputError):
     """A dataset cannot be used as it is.
 
     Attributes:
-        problems: all of them, including what the message leaves out.
+        problems: all of them, including those that the message leaves out.
     """
 
     def __init__(self, problems: Sequence[Problem], advice: str = ""):
-        """Lists the first problems of every kind, with counts, and says how to go on."""
+        """Lists the first problems of each kind, with counts, and says what to do."""
         self.problems = list(problems)
         kinds = collections.defaultdict(list)
         for problem in problems:
@@ -110,7 +110,7 @@ class DataError(InputError):
 
 
 def data_error(kind: str, file: Path | str, detail: str, advice: str = "") -> DataError:
-    """The error of one problem that concerns a whole file or folder."""
+    """The error for a single problem with a whole file or folder."""
     return DataError([Problem(kind, str(file), None, None, detail)], advice)
 
 
@@ -128,8 +128,8 @@ class DataReport:
         images_kept: number of images that are used.
         annotations_kept: number of annotations that are used: all but faulty ones and those of
             images left out.
-        crowd: number of kept annotations that mark a crowd; no ground truth for training.
-        dropped_by_rule: number of other kept annotations that are, as in the reference, no ground
+        crowd: number of kept annotations that mark a crowd; not ground truth for training.
+        dropped_by_rule: number of other kept annotations that, as in the reference, are not ground
             truth for training: flagged `ignore`, area <= 0, or less than 1 pixel wide or high.
     """
 
@@ -145,7 +145,7 @@ class DataReport:
     dropped_by_rule: int = 0
 
     def conclude(self, kept: Sequence[ImageEntry], on_error: OnError) -> None:
-        """Counts what is kept; raises a DataError on any problem or, to skip, if nothing is."""
+        """Counts what is kept; raises DataError on any problem or, with skip, if nothing is."""
         objects = [entry for image in kept for entry in image.objects]
         self.images_kept = len(kept)
         self.annotations_kept = len(objects)
@@ -154,8 +154,8 @@ class DataReport:
         if self.problems and on_error == "raise":
             raise DataError(
                 self.problems,
-                f"The dataset is {self.annotations_file}. Correct it, or leave the faulty entries "
-                "out with --data.on-error=skip (gfl-jax prepare: --on-error skip).",
+                f"The dataset is {self.annotations_file}. Fix it, or leave out the faulty entries "
+                "with --data.on-error=skip (gfl-jax prepare: --on-error skip).",
             )
         if not kept:
             detail = f"none of its {self.images_found} images can be used"
@@ -180,10 +180,10 @@ class DataReport:
 def check(
     content: dict[str, Any], file: Path, images: Path, on_error: OnError
 ) -> tuple[list[ImageEntry], DataReport]:
-    """Checks all of a COCO json; image files are only looked up, not read.
+    """Checks a whole COCO json; image files must exist, but are not read.
 
     Args:
-        content: of the json, from `read_json`.
+        content: the json's, from `read_json`.
         file: the json, for messages.
         images: the folder that its file names are relative to.
         on_error: "raise" stops at any problem; "skip" leaves faulty entries out.
@@ -192,7 +192,7 @@ def check(
         What is kept, by ascending image id; and the report.
 
     Raises:
-        DataError: with "raise", there are problems; in any case if nothing is left.
+        DataError: there are problems, with "raise"; or nothing is left.
     """
     if not images.is_dir():
         raise data_error("missing image folder", images, "no such folder")
@@ -208,7 +208,7 @@ def check(
         problems.append(Problem(kind, name or str(file), image_id, annotation_id, detail))
 
     def by_id(key: str) -> dict[int, dict[str, Any]]:
-        """Returns the well-formed entries of a list of the json, the first of each id."""
+        """Returns the well-formed entries of a list in the json, the first with each id."""
         noun, fields = _FIELDS[key]
         entries: dict[int, dict[str, Any]] = {}
         for entry in content[key]:
@@ -222,7 +222,7 @@ def check(
                 "annotation": (known.get("image_id"), known.get("id")),
             }.get(noun, (None, None))
             kind = f"malformed {noun}" if fault else f"duplicate {noun} id"
-            report(kind, f"{fault or 'id is taken'}: {str(entry)[:80]}", *ids)
+            report(kind, f"{fault or 'the id is already taken'}: {str(entry)[:80]}", *ids)
         return entries
 
     categories = dict(sorted(by_id("categories").items()))
@@ -273,7 +273,7 @@ def read_json(file: Path) -> tuple[dict[str, Any], str]:
         Its content, and the sha256 of its bytes in hexadecimal digits.
 
     Raises:
-        DataError: there is no such file, or it is no COCO json.
+        DataError: there is no such file, or it is not a COCO json.
     """
     if not file.is_file():
         raise data_error("missing annotation file", file, "no such file")
@@ -294,21 +294,21 @@ def read_json(file: Path) -> tuple[dict[str, Any], str]:
 
 
 def _fault(entry: Any, fields: dict[str, Any]) -> str | None:
-    """Returns what is wrong with the fields of an entry of the json, if anything is."""
+    """Returns what is wrong with the fields of an entry in the json, if anything."""
     if not isinstance(entry, dict):
-        return "no object"
+        return "not an object"
     for name, kind in fields.items():
         value = entry.get(name)
         if name not in entry:
             return f"no '{name}'"
         if not isinstance(value, kind) or isinstance(value, bool):
-            return f"'{name}' is no {kind.__name__}"
+            return f"'{name}' is not of type {kind.__name__}"
         if kind is int and not -(2**63) <= value < 2**63:
-            return f"'{name}' exceeds 64 bits"
+            return f"'{name}' does not fit in 64 bits"
         if name in ("height", "width") and not 0 < value < 2**31:
-            return f"'{name}' is no size"
+            return f"'{name}' is not a valid size"
     if not _is_number(entry.get("area", 0)):
-        return "'area' is no finite number"
+        return "'area' is not a finite number"
     return None
 
 
@@ -318,19 +318,19 @@ def _box_fault(box: list[Any], size: tuple[int, int] | None) -> tuple[str, str] 
         return "bad box", f"box {box} is not four finite numbers"
     x, y, w, h = box
     if w <= 0 or h <= 0:
-        return "empty box", f"box {box} has no positive width and height"
+        return "empty box", f"the width and height of box {box} are not both positive"
     if size and not (-w < x < size[1] and -h < y < size[0]):
         return "box outside image", f"box {box} lies outside the image, {size[1]} x {size[0]}"
     return None
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a finite number, and one that float32 can hold."""
+    """Whether it is a finite number that float32 can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
 
 
 def _object(annotation: dict[str, Any], label: int) -> Object:
-    """Returns the object of an annotation that has no fault."""
+    """Returns the object of a valid annotation."""
     x, y, w, h = annotation["bbox"]
     small = annotation["area"] <= 0 or w < 1 or h < 1
     crowd, ignore = bool(annotation["iscrowd"]), bool(annotation.get("ignore")) or small

@@ -1,4 +1,4 @@
-"""Folders that are there in full or not at all, made by one process at a time."""
+"""Folders that are either complete or absent, made by one process at a time."""
 
 import contextlib
 import shutil
@@ -13,7 +13,7 @@ def local_folder(name: str | Path, flag: str) -> Path:
 
     Args:
         name: its path.
-        flag: what names it on the command line, for the error.
+        flag: what sets it on the command line, for the error.
 
     Raises:
         InputError: it is a URL.
@@ -21,18 +21,18 @@ def local_folder(name: str | Path, flag: str) -> Path:
     if "://" in str(name):
         raise InputError(
             f"{flag} is {name}: raw images and the folders that data is prepared in must be on a "
-            "local disk; prepare there (gfl-jax prepare SRC DST), copy DST to the bucket and name "
-            "it with --data.prepared"
+            "local disk; prepare there (gfl-jax prepare SRC DST), copy DST to the bucket and pass "
+            "it as --data.prepared"
         )
     return Path(name).expanduser().absolute()
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Waits until no other process of this machine holds this folder's lock."""
+    """Holds this folder's lock, once no other process on this machine does."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-        with contextlib.suppress(ImportError):  # Windows has no such lock, and does without
+        with contextlib.suppress(ImportError):  # Windows has no such lock and does without
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)  # freed when the process ends, however it ends
@@ -41,10 +41,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of `folder` if nothing goes wrong.
+    """Yields an empty folder that replaces `folder` if nothing goes wrong.
 
-    It lies beside `folder` until then. What a killed process left there is deleted by the next;
-    the lock of `folder` must be held.
+    Until then it is beside `folder`. Leftovers of a killed process are deleted by the next one. The
+    caller must hold the lock of `folder`.
     """
     partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
     for leftover in (partial, old):

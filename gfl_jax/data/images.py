@@ -1,4 +1,4 @@
-"""Image geometry on numpy arrays: decode, resize, flip, and the same moves for boxes.
+"""Image geometry on numpy arrays: decode, resize and flip images, and their boxes with them.
 
 Boxes are float32 [n, 4] as (x1, y1, x2, y2) in pixels, x to the right and y down, with (0, 0) at
 the top-left corner of the top-left pixel. Sizes are (height, width) in pixels.
@@ -23,30 +23,30 @@ _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 class ImageSizeError(InputError):
-    """An image is not of the size its annotation states."""
+    """An image does not have the size that its annotation states."""
 
 
 def decode(data: bytes, size: tuple[int, int] | None = None, name: str = "") -> np.ndarray:
     """Decodes an encoded image (JPEG, PNG, ...) to 8-bit RGB.
 
     Grey, palette and CMYK images become RGB, alpha is dropped, 16 bits become the upper 8. An
-    image with an EXIF orientation is turned upright, as the reference does, unless only the
-    unturned image has the annotated size: then the boxes were drawn on that one.
+    image with an EXIF orientation is rotated upright, as in the reference, unless only the
+    unrotated image has the annotated size: then the boxes were drawn on that one.
 
     Args:
         data: the bytes of the image file.
-        size: the annotated (height, width), which the image must have; None takes any.
+        size: the annotated (height, width), which the image must have; None accepts any.
         name: the file's name, for error messages.
 
     Returns:
         uint8 [height, width, 3].
 
     Raises:
-        ImageSizeError: neither reading of the image has the annotated size.
+        ImageSizeError: the image has the annotated size neither rotated nor unrotated.
         ValueError: the data are truncated or not an image.
     """
     if _is_jpeg(data) and _JPEG_END not in (marker for marker, _ in _jpeg_segments(data)):
-        # Some OpenCV versions fill what is missing with grey and say nothing.
+        # Some OpenCV versions silently fill what is missing with grey.
         raise InputError(f"{name or 'image'}: truncated JPEG file (no end-of-image marker)")
     image = _imdecode(data, cv2.IMREAD_COLOR, name)
     if size is not None and image.shape[:2] != tuple(size):
@@ -58,13 +58,13 @@ def decode(data: bytes, size: tuple[int, int] | None = None, name: str = "") -> 
             height, width = turned.shape[:2]
             raise ImageSizeError(
                 f"{name or 'image'}: the annotations state width x height {size[1]} x {size[0]}, "
-                f"the file has {width} x {height}"
+                f"but the file has {width} x {height}"
             )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def image_size(data: bytes, name: str = "") -> tuple[int, int]:
-    """Returns the (height, width) that `decode` gives, from the header alone where it can.
+    """Returns the (height, width) that `decode` gives, from only the header if possible.
 
     Args:
         data: the bytes of the image file.
@@ -76,7 +76,7 @@ def image_size(data: bytes, name: str = "") -> tuple[int, int]:
     if _is_jpeg(data):
         for marker, start in _jpeg_segments(data):
             if marker == _JPEG_EXIF and data[start + 2 : start + 6] == b"Exif":
-                break  # may be turned: let OpenCV say
+                break  # may be rotated: let OpenCV decide
             if marker in _JPEG_FRAMES:
                 height, width = data[start + 3 : start + 5], data[start + 5 : start + 7]
                 return int.from_bytes(height, "big"), int.from_bytes(width, "big")
@@ -141,11 +141,11 @@ def scale_boxes(boxes: np.ndarray, scale: tuple[float, float], size: tuple[int, 
 
     Args:
         boxes: float32 [n, 4] in pixels of the image before resizing.
-        scale: (scale_x, scale_y) of `resize` or `resize_keep_ratio`.
+        scale: (scale_x, scale_y) from `resize` or `resize_keep_ratio`.
         size: (height, width) of the resized image.
 
     Returns:
-        float32 [n, 4]; boxes that lie outside the image lose their area but stay.
+        float32 [n, 4]; boxes outside the image are kept, with no area.
     """
     height, width = size
     limits = np.array([width, height, width, height], np.float32)
@@ -171,7 +171,7 @@ def flip(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _imdecode(data: bytes, flags: int, name: str) -> np.ndarray:
-    """Decodes to uint8 BGR [height, width, 3], or raises a ValueError that names the file."""
+    """Decodes to uint8 BGR [height, width, 3]; raises a ValueError that names the file."""
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:  # empty data, or larger than OpenCV allows

@@ -25,10 +25,10 @@ from gfl_jax.data.ssd_augment import ssd_augment
 
 @dataclasses.dataclass
 class ImageCache:
-    """Images and their scales kept in memory, until `limit` bytes are taken.
+    """Images and their scales, cached in memory until `limit` bytes are taken.
 
-    They are resized ones, or originals where every epoch makes something else of them. Small data
-    sets at one scale are so decoded once instead of in every epoch.
+    They are resized, or the originals if augmentation differs in every epoch. So a small data set
+    at one scale is decoded once instead of in every epoch.
     """
 
     limit: int
@@ -36,7 +36,7 @@ class ImageCache:
     images: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def get(self, key: Any, load: Callable[[], tuple[np.ndarray, Any]]) -> tuple[np.ndarray, Any]:
-        """What `load` returns for this key, from memory if it is there; not to be written to."""
+        """The result of `load` for this key, from memory if cached; not to be modified."""
         if key not in self.images:
             loaded = load()
             if self.taken + loaded[0].nbytes > self.limit:
@@ -58,8 +58,8 @@ def load_batch(
     """Decodes, augments and pads the images of a step; keeps boxes that are ground truth.
 
     Args:
-        step: of the training, from 0; everything random follows from the plan's seed, the step and
-            the slot.
+        step: of the training, from 0; all randomness follows from the plan's seed, the step and the
+            slot.
         plan: which images are in which slot, and what is done to them.
         split: the images.
         max_boxes: number of objects per image after padding.
@@ -88,7 +88,7 @@ def load_batch(
         keep = ~(record["crowd"] | record["ignore"])
         boxes, labels = record["boxes"][keep], record["labels"][keep]
         if plan.data.augmentation == "ssd":
-            # The plan's own generators have shorter keys, which numpy extends by zeros.
+            # The plan's own generators have shorter keys, which numpy pads with zeros.
             rng = np.random.default_rng((plan.seed, step, first + slot, 1))
             image, boxes, labels, scale = ssd_augment(image, boxes, labels, slots.canvas, rng)
         else:
@@ -101,28 +101,28 @@ def load_batch(
 
 
 def max_boxes_of(split: PreparedSplit) -> int:
-    """The number of objects every image is padded to: that of the fullest one, up to eight more."""
+    """The number of objects each image is padded to: the most in any, rounded up to eights."""
     return int(-(-max(split.num_boxes.max(), 1) // 8) * 8)
 
 
 def _own_copy(host: HostBatch) -> HostBatch:
-    """Out of memory shared with workers, which counts as leaked if jax still looks into it."""
+    """Copied out of memory shared with workers, which counts as leaked while jax refers to it."""
     copies: Any = map(np.array, host.batch)
     return HostBatch(Batch(*copies), np.array(host.image_ids), np.array(host.image_mask))
 
 
 def _start_worker(_worker: int, _count: int) -> None:
     """Sets up a worker process."""
-    # A SIGTERM may come to the whole process group; the main process still takes a step.
+    # SIGTERM may reach the whole process group, but the main process still takes a step.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # Workers share the cores already: without this each has a thread for every core.
+    # Workers already share the cores: without this, each has a thread for every core.
     cv2.setNumThreads(0)
-    # A worker whose training process was killed would wait for ever, and keep its shared memory.
+    # A worker whose training process was killed would wait forever and keep its shared memory.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the one that started it is gone."""
+    """Ends this process when its parent is gone."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -174,4 +174,4 @@ def batches(
     finally:
         iterator.close()
         del iterator
-        gc.collect()  # its cycles hold memory shared with workers
+        gc.collect()  # its reference cycles hold memory shared with workers

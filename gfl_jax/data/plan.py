@@ -1,7 +1,7 @@
 """Which images, at which scale and on which canvas, make up each batch: a function of the seed.
 
-Every host computes the same plan, every image is seen equally often in an epoch, and one integer,
-the step, says where a run is.
+Every host computes the same plan, every image is seen equally often in an epoch, and the position
+of a run is one integer, the step.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ MIN_SIDE = 32
 
 
 class Slots(NamedTuple):
-    """A batch as the plan sees it.
+    """A planned batch.
 
     Attributes:
         images: int [B], index of the image in each slot.
-        real: bool [B], False where a slot only fills the batch with an image that is counted
+        real: bool [B], False for a slot that only fills up the batch with an image that is counted
             elsewhere.
         flip: bool [B], which images are mirrored.
         short_side: limit of the shorter side, in pixels.
@@ -41,14 +41,14 @@ class Slots(NamedTuple):
 def canvases_of(
     scale: tuple[int, int], landscape: tuple[tuple[int, int], ...] = ()
 ) -> tuple[tuple[int, int], ...]:
-    """All canvases that batches may have.
+    """All canvases that a batch may have.
 
     Args:
         scale: limits of the (long, short) sides of images, in pixels.
         landscape: (height, width) of the landscape canvases; empty: the one that holds `scale`.
 
     Returns:
-        These and their mirrors, by area.
+        These and their portrait versions, sorted by area.
     """
     long_side, short_side = (-(-side // 32) * 32 for side in scale)
     landscape = landscape or ((short_side, long_side),)
@@ -63,11 +63,11 @@ class BatchPlan:
     Attributes:
         data: scales, canvases and augmentation.
         sizes: (height, width) of every image in pixels, int [N, 2].
-        indices: the images that take part.
+        indices: the images to use.
         batch_size: over all devices and hosts.
         shuffle: False for evaluation: portrait, then landscape images in order. Unless images are
             stretched (`data.keep_ratio` False), a batch has one orientation.
-        seed: of all that is random.
+        seed: of all randomness.
     """
 
     data: Data
@@ -79,11 +79,11 @@ class BatchPlan:
 
     def __post_init__(self):
         if not len(self.indices):
-            raise InputError("no image takes part: every one is empty or smaller than 32 pixels")
+            raise InputError("no image can be used: each has no objects or a side under 32 pixels")
 
     @functools.cached_property
     def _groups(self) -> list[np.ndarray]:
-        """Portrait and landscape images, apart: unless stretched, a batch has one orientation."""
+        """Portrait and landscape images apart: unless stretched, a batch has one orientation."""
         if not self.data.keep_ratio:
             return [self.indices]
         height, width = self.sizes[self.indices].T
@@ -92,7 +92,7 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches that hold every image `repeats` times; the last of each group is filled up."""
+        """Batches with every image `repeats` times; the last one of each group is filled up."""
         return sum(-(-len(group) * self.data.repeats // self.batch_size) for group in self._groups)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  (plans live as long as the run)
@@ -136,8 +136,8 @@ class BatchPlan:
             if needed[0] <= canvas[0] and needed[1] <= canvas[1]:
                 return canvas
         raise InputError(
-            f"data.canvases {canvases} hold no image of {needed[0]} x {needed[1]} (height x "
-            f"width), which data.scale {self.data.scale} makes: add a canvas or lower the scale"
+            f"no canvas of {canvases} holds an image of {needed[0]} x {needed[1]} (height x "
+            f"width), which data.scale {self.data.scale} makes: add to data.canvases or lower it"
         )
 
     def __call__(self, step: int) -> Slots:
@@ -147,13 +147,13 @@ class BatchPlan:
 
 
 def train_plan(data: Data, split: PreparedSplit, batch_size: int, seed: int) -> BatchPlan:
-    """Batches of the images that have objects, shuffled again in every epoch."""
+    """Batches of the images with objects and no side under 32 pixels, reshuffled every epoch."""
     usable = (split.num_boxes > 0) & (split.sizes.min(1) >= MIN_SIDE)
     indices = np.flatnonzero(usable)
     return BatchPlan(data, split.sizes, indices, batch_size, shuffle=True, seed=seed)
 
 
 def eval_plan(data: Data, split: PreparedSplit, batch_size: int, limit: int = 0) -> BatchPlan:
-    """Batches of all images, or of the first `limit` ones if that is not 0; not augmented."""
+    """Batches of all images, or of the first `limit` unless that is 0; not augmented."""
     indices = np.arange(len(split.sizes))[: limit or None]
     return BatchPlan(data.for_evaluation(), split.sizes, indices, batch_size)

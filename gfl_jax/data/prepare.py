@@ -1,7 +1,7 @@
-"""Preparing: a COCO-format data set is checked and written as `gfl_jax.data.records` reads it.
+"""Checks a COCO-format data set and writes it in the format that `gfl_jax.data.records` reads.
 
-`prepare` writes a folder that can be copied anywhere and is opened by `--data.prepared FOLDER`.
-`prepare_in_cache` does the same behind the scenes for a data set that is named by its raw files.
+`prepare` writes a folder that can be copied anywhere and used with `--data.prepared FOLDER`.
+`prepare_in_cache` does the same behind the scenes for a data set given by its raw files.
 """
 
 import contextlib
@@ -59,20 +59,20 @@ class RawSplit:
 def prepare(
     folder: Path, splits: Mapping[str, RawSplit], on_error: OnError, *, overwrite: bool = False
 ) -> bool:
-    """Checks a data set and writes all of it into a folder, which then is complete.
+    """Checks a data set and writes all of it into a folder.
 
     Args:
-        folder: what to make, on a local disk.
+        folder: to be made, on a local disk; complete or absent.
         splits: by name.
         on_error: "raise" stops at bad input; "skip" leaves it out.
-        overwrite: replaces a prepared folder; otherwise nothing is done where there is one.
+        overwrite: whether to replace a prepared folder; otherwise an existing one is kept.
 
     Returns:
         Whether it was made.
 
     Raises:
         DataError: there are problems (see `check`), or image files that do not decode to the size
-            that the json states; or something else lies in that place.
+            that the json states; or something else is in the way.
     """
     with locked(folder):
         if (folder / MANIFEST).is_file():
@@ -80,7 +80,7 @@ def prepare(
                 return False
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise data_error(
-                "in the way", folder, f"it is not empty and no prepared data set (no {MANIFEST})"
+                "in the way", folder, f"not empty, and not a prepared data set (no {MANIFEST})"
             )
         with new_folder(folder) as partial:
             _write(partial, splits, on_error)
@@ -100,21 +100,21 @@ def main(
 ) -> None:
     """Checks a data set in COCO's format and prepares it once, for `--data.prepared DST`.
 
-    DST then holds all that training and evaluation read. It can be copied anywhere, a bucket
-    included, and needs neither the raw images nor the jsons. A split without a json is left out.
+    DST then holds all that training and evaluation read. It can be copied anywhere, even to a
+    bucket, and needs neither the raw images nor the jsons. A split without a json is left out.
 
     Args:
         src: folder of the data set.
-        dst: folder to make; there in full or not at all.
+        dst: folder to make; complete or absent.
         train_annotations: json of the training images, relative to SRC.
         train_images: folder of the training images, relative to SRC.
         val_annotations: json of the images to evaluate on, relative to SRC.
         val_images: folder of the images to evaluate on, relative to SRC.
         on_error: 'raise' stops at bad input; 'skip' leaves it out, counts it and lists it.
-        overwrite: prepares again where DST is complete.
+        overwrite: prepares again even if DST is complete.
 
     Raises:
-        DataError: faulty data, every problem named.
+        DataError: the data is faulty; every problem is named.
     """
     root, folder = local_folder(src, "SRC"), local_folder(dst, "DST")
     named = {
@@ -140,11 +140,11 @@ def main(
 
 
 def prepare_in_cache(name: str, raw: RawSplit, cache_dir: Path, on_error: OnError) -> Path:
-    """Prepares a split in a cache, once; later calls find it again.
+    """Prepares a split in a cache, once; later calls reuse it.
 
-    It is found by the json's content and by the names, sizes and times of the image files that the
-    json names, and prepared again if any of them has changed. The json is not read while its own
-    size and time stay what they were. Several processes may call this at once: one prepares, the
+    It is identified by the json's content and by the names, sizes and times of the image files that
+    the json lists, and prepared again if any of these has changed. The json is not read again while
+    its own size and time are unchanged. Several processes may call this at once: one prepares, the
     others wait.
 
     Args:
@@ -196,7 +196,7 @@ def prepare_in_cache(name: str, raw: RawSplit, cache_dir: Path, on_error: OnErro
 
 
 def _recall(memory: Path) -> dict[str, Any]:
-    """What is remembered of a source: stamp, sha256 and file names of its json, its folders."""
+    """What is remembered about a source: stamp, sha256 and file names of its json, its folders."""
     nothing: dict[str, Any] = {"annotations": None, "sha256": "", "names": [], "folders": []}
     return json.loads(memory.read_text()) if memory.is_file() else nothing
 
@@ -207,7 +207,7 @@ def make_table(
     sizes: Sequence[tuple[int, int]],
     objects: Sequence[Sequence[tuple[Sequence[float], int, bool, bool]]],
 ) -> Table:
-    """Puts a table together.
+    """Builds a table.
 
     Args:
         image_ids: of N images.
@@ -244,9 +244,9 @@ def report_of(folder: epath.Path, split: str) -> str:
 
 
 def _stamps(folder: Path, names: Sequence[str]) -> np.ndarray:
-    """Sizes and times of files, by which a change is seen; -1 where there is none; int64 [N, 2].
+    """Sizes and times of files, to detect changes; -1 for a missing one; int64 [N, 2].
 
-    A third faster than with whole paths: at every start all images are looked up.
+    Relative to an open folder, a third faster than by whole paths: every start looks up all images.
     """
     stamps = []
     with contextlib.ExitStack() as stack:
@@ -289,7 +289,7 @@ def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> 
         for i, part in enumerate(parts):
             name = f"{split}/images-{i:05d}-of-{len(parts):05d}.array_record"
             before = len(kept)
-            # Photos are compressed as they are.
+            # Photos are already compressed.
             writer = ArrayRecordWriter(str(folder / name), "group_size:1,uncompressed")
             for entry, data in _load(part, raw.images, report.problems):
                 progress.update()
@@ -344,7 +344,7 @@ def _shards(entries: Sequence[ImageEntry], folder: Path) -> list[Sequence[ImageE
 def _load(
     entries: Sequence[ImageEntry], folder: Path, problems: list[Problem]
 ) -> Iterator[tuple[ImageEntry, bytes | None]]:
-    """Yields images with their files' bytes; None, and a problem more, for a faulty file."""
+    """Yields images with their files' bytes; for a faulty file, None, and adds a problem."""
 
     def load(entry: ImageEntry) -> bytes | Problem:
         """Reads an image file and makes sure that it decodes to the size the json states."""

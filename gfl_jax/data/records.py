@@ -1,10 +1,10 @@
-"""A prepared data set, read at random: the images of a split and their annotations.
+"""Random access to a prepared data set: the images of a split and their annotations.
 
-A prepared folder can be copied anywhere, a bucket included. It holds, for each of its splits::
+A prepared folder can be copied anywhere, even to a bucket. It holds, for each of its splits::
 
     manifest.json                              what it was made from, its classes and its files
     train/images-00000-of-00002.array_record   the image files' bytes, one record each
-    train/table.npz                            all else that training needs, see `Table`
+    train/table.npz                            the rest of what training needs, see `Table`
     train/annotations.json                     the kept annotations, for the evaluation
     train/report.json                          what was left out, and why
 
@@ -31,17 +31,17 @@ MANIFEST = "manifest.json"
 
 
 class Table(NamedTuple):
-    """What is known of N images and their M objects besides pixels, image by image.
+    """Everything but the pixels of N images and their M objects, image by image.
 
     Attributes:
         image_ids: int64 [N], as in the annotations.
         filenames: bytes [N], UTF-8, as in the annotations.
         sizes: int32 [N, 2], (height, width) in pixels.
-        starts: int64 [N + 1]; image i has the objects from starts[i] up to starts[i + 1].
+        starts: int64 [N + 1]; image i has the objects starts[i] to starts[i + 1] - 1.
         boxes: float32 [M, 4], (x1, y1, x2, y2) in pixels; may stick out of the image.
         labels: int32 [M], 0-based.
-        crowd: bool [M], a region of many objects, no ground truth for training.
-        ignore: bool [M], no ground truth for training either.
+        crowd: bool [M], a region of many objects, not ground truth for training.
+        ignore: bool [M], not ground truth for training either.
     """
 
     image_ids: np.ndarray
@@ -61,7 +61,7 @@ def load_table(file: epath.Path) -> Table:
 
 
 class EncodedImages(Protocol):
-    """The bytes of image files, at random."""
+    """Random access to the bytes of image files."""
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[bytes]:
         """Returns those of several images."""
@@ -70,16 +70,16 @@ class EncodedImages(Protocol):
 class RecordSource:
     """Random access to images and their annotations.
 
-    It can be pickled; every process opens the files for itself when it first reads.
+    It can be pickled; each process opens the files itself at its first read.
     """
 
     def __init__(self, name: str, open_images: Callable[[], EncodedImages], table: Table):
-        """Takes a name, a function that can be pickled and opens the images' bytes, the table."""
+        """Takes a name, a picklable function that opens the encoded images, and the table."""
         self.name, self._open_images, self._table = name, open_images, table
         self._images: EncodedImages | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns all but the open files."""
+        """Returns everything but the open files."""
         return {**self.__dict__, "_images": None}
 
     def __repr__(self) -> str:
@@ -99,13 +99,13 @@ class RecordSource:
             height, width: of the image, in pixels.
             boxes: float32 [n, 4], (x1, y1, x2, y2) in pixels; may stick out of the image.
             labels: int32 [n], 0-based.
-            crowd: bool [n], a region of many objects, no ground truth for training.
-            ignore: bool [n], no ground truth for training either.
+            crowd: bool [n], a region of many objects, not ground truth for training.
+            ignore: bool [n], not ground truth for training either.
         """
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Returns several images and their annotations, which are read at once."""
+        """Returns several images and their annotations, read together."""
         for index in indices:
             if not 0 <= index < len(self):
                 raise IndexError(f"image {index} of {len(self)}")
@@ -161,7 +161,7 @@ class PreparedSplit:
 
     @functools.cached_property
     def num_boxes(self) -> np.ndarray:
-        """How many objects of each image training sees: no crowd, not ignored; int64 [N]."""
+        """How many objects of each image are trained on: no crowds, none ignored; int64 [N]."""
         images = np.repeat(np.arange(len(self.table.image_ids)), np.diff(self.table.starts))
         trained = ~(self.table.crowd | self.table.ignore)
         return np.bincount(images[trained], minlength=len(self.table.image_ids))
@@ -177,7 +177,7 @@ class Shard(NamedTuple):
 
 
 def open_images(shards: Sequence[Shard]) -> EncodedImages:
-    """The images' bytes of some array_record files, local or on gs://."""
+    """The encoded images in some array_record files, local or on gs://."""
     return ArrayRecordDataSource(list(shards))
 
 
@@ -185,8 +185,8 @@ def open_prepared(folder: PathLike, split: str) -> PreparedSplit:
     """Opens a split of a prepared folder, local or on gs://.
 
     Raises:
-        MissingFileError: there is no complete prepared folder, or a file of it is missing.
-        InputError: it was prepared by a newer version, lacks the split or is damaged.
+        MissingFileError: there is no complete prepared folder.
+        InputError: another version prepared it, it lacks the split, or a file is missing or cut.
     """
     folder = as_path(folder)
     manifest = read_manifest(folder)
@@ -213,7 +213,7 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 
     Raises:
         MissingFileError: there is no complete prepared folder.
-        InputError: a newer version prepared it.
+        InputError: another version prepared it.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -224,14 +224,14 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
         ) from error
     if manifest.get("format") != FORMAT:
         raise InputError(
-            f"{folder / MANIFEST} has format {manifest.get('format')}, this version of gfl_jax "
-            f"reads {FORMAT}: update gfl_jax, or prepare the data set again"
+            f"{folder / MANIFEST} has format {manifest.get('format')}, but this gfl_jax reads "
+            f"{FORMAT}: update gfl_jax, or prepare the data set again"
         )
     return manifest
 
 
 def _check_sizes(sizes: dict[epath.Path, int]) -> None:
-    """Makes sure that a folder was copied whole."""
+    """Makes sure that a folder was copied completely."""
 
     def size_of(file: epath.Path) -> int:
         return file.stat().length if file.exists() else -1
@@ -242,4 +242,4 @@ def _check_sizes(sizes: dict[epath.Path, int]) -> None:
         ):
             if found != expected:
                 state = "is missing" if found < 0 else f"has {found} bytes, not {expected}"
-                raise InputError(f"{file} {state}: copy the prepared folder again, all of it")
+                raise InputError(f"{file} {state}: copy the whole prepared folder again")

@@ -38,11 +38,11 @@ class CocoFolder:
     on_error: OnError = "raise"
 
     def open(self, split: str) -> PreparedSplit:
-        """Opens 'train' or 'val'; checks and prepares it first if need be.
+        """Opens 'train' or 'val'; checks and prepares it first if needed.
 
         Raises:
-            DataError: faulty data, every problem named.
-            UsageError: the data set was not named.
+            DataError: the data is faulty; every problem is named.
+            UsageError: no data set was named.
         """
         if not self.root:
             raise UsageError(
@@ -65,10 +65,10 @@ class CocoFolder:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A folder that `gfl-jax prepare` has made; nothing else is opened.
+    """A folder made by `gfl-jax prepare`; nothing else is opened.
 
     Attributes:
-        prepared: the folder, on a disk or a bucket (gs://).
+        prepared: the folder, on a disk or in a bucket (gs://).
     """
 
     prepared: str
@@ -83,25 +83,25 @@ class Data:
     """Where images and boxes come from and how they reach the network.
 
     Attributes:
-        source: where they come from. Fields of a source are flags right under `--data`, such as
-            --data.root; --data.prepared FOLDER alone chooses Prepared.
+        source: where they come from. Fields of a source are flags directly under `--data`, such as
+            --data.root; --data.prepared FOLDER by itself selects Prepared.
         scale: images are resized keeping their ratio to fit these (long, short) sides, in pixels.
         keep_ratio: False stretches every image to exactly `scale`, as (width, height) in pixels,
             multiples of 32.
         multi_scale: smallest and largest short side in training, in pixels, drawn once per batch;
             None: one scale.
-        canvases: (height, width) of the landscape canvases in pixels, small to large, multiples of
-            32; portrait ones are their mirrors. Empty: the one that holds `scale`.
+        canvases: (height, width) of the landscape canvases in pixels, multiples of 32; portrait
+            ones are these transposed. Empty: the one that holds `scale`.
         flip: probability of a horizontal flip in training.
-        augmentation: in training; 'flip' is that flip alone, 'ssd' also zooms out, crops and
-            changes colours as SSD does.
-        repeats: times every image is seen in an epoch of training.
+        augmentation: in training; 'flip' is only that flip, 'ssd' also zooms out, crops and changes
+            colours as SSD does.
+        repeats: how often each image is seen in a training epoch.
         workers: processes that prepare batches; 0 uses threads of the training process.
         worker_threads: batches that each worker prepares at the same time.
-        worker_batches: batches that each worker has ready in its own memory.
+        worker_batches: batches that each worker keeps ready in its own memory.
         shared_batches: batches of each worker that wait in /dev/shm, see docs/scaling.md.
         cache_megabytes: memory for resized images ('ssd': originals), in each worker, in MiB: a
-            small data set is decoded once.
+            small data set is decoded only once.
     """
 
     source: Annotated[CocoFolder | Shapes | Tfds | Prepared, tyro.conf.arg(name="")] = CocoFolder()
@@ -136,7 +136,7 @@ class Data:
                     "multiples of 32"
                 )
         if not 0 <= self.flip <= 1:
-            raise InputError(f"data.flip is {self.flip}; it is a probability")
+            raise InputError(f"data.flip is {self.flip}; it must be a probability")
         if not self.keep_ratio:
             if self.scale[0] % 32 or self.scale[1] % 32:
                 raise InputError(
@@ -149,7 +149,7 @@ class Data:
                     "image is stretched to data.scale"
                 )
         elif self.augmentation == "ssd":
-            raise InputError("data.augmentation 'ssd' stretches images: set data.keep_ratio False")
+            raise InputError("data.augmentation 'ssd' stretches images: use data.keep_ratio False")
         for field in ("repeats", "worker_threads", "worker_batches", "shared_batches"):
             if getattr(self, field) < 1:
                 raise InputError(f"data.{field} is {getattr(self, field)}; it must be at least 1")
@@ -162,10 +162,10 @@ class Data:
 
 
 def open_split(data: Data, split: str) -> PreparedSplit:
-    """Opens the 'train' or 'val' split of an experiment; makes and prepares it first if need be.
+    """Opens the 'train' or 'val' split of an experiment; makes and prepares it first if needed.
 
     Raises:
-        DataError: faulty data, every problem named.
-        UsageError: a data set that was not named.
+        DataError: the data is faulty; every problem is named.
+        UsageError: no data set was named.
     """
     return data.source.open(split)

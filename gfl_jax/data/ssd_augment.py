@@ -1,7 +1,7 @@
-"""Training augmentation of SSD (Liu et al. 2016): zoom out, crop, stretch, distort the colours.
+"""SSD's training augmentation (Liu et al. 2016): zoom out, crop, stretch, distort colours.
 
 Images are uint8 RGB [height, width, 3]; boxes are float32 [n, 4] as (x1, y1, x2, y2) in pixels of
-their image. All randomness comes from the generator that is handed in; no input is written to.
+their image. All randomness comes from the given generator; inputs are never written to.
 """
 
 import cv2
@@ -10,11 +10,11 @@ import numpy as np
 from gfl_jax.data import images
 
 MEAN_COLOUR = (123, 116, 103)
-"""RGB around an image that was zoomed out: the mean of ImageNet."""
+"""RGB around a zoomed-out image: the mean of ImageNet."""
 
 MAX_ZOOM = 4.0
 CROP_MODES = (1.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)
-"""Smallest IoU of the crop with any object; 1 keeps the whole image."""
+"""Minimum IoU of the crop with every object; 1 keeps the whole image."""
 
 CROP_TRIES = 50
 CROP_ROUNDS = 50
@@ -30,8 +30,8 @@ def ssd_augment(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[float, float]]:
     """Zooms out, crops, stretches to a fixed size and distorts the colours, in this order.
 
-    The horizontal flip, which the reference has before the colours, commutes with them and is left
-    to the caller.
+    The horizontal flip, which comes before the colours in the reference, commutes with them and is
+    left to the caller.
 
     Args:
         image: uint8 RGB [height, width, 3].
@@ -41,7 +41,7 @@ def ssd_augment(
         rng: source of all randomness.
 
     Returns:
-        The image [*size, 3], the m <= n boxes that are left, inside of it, their labels, and the
+        The image [*size, 3], the m <= n boxes that are left, clipped to it, their labels, and the
         (scale_x, scale_y) of the stretch. m is 0 only if n is.
     """
     image, boxes = expand(image, boxes, rng)
@@ -53,7 +53,7 @@ def ssd_augment(
 def expand(
     image: np.ndarray, boxes: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Half of the time, places an image somewhere on a canvas up to four times as wide and high.
+    """Half of the time, places the image at random on a canvas up to four times as wide and high.
 
     Args:
         image: uint8 RGB [height, width, 3].
@@ -61,7 +61,7 @@ def expand(
         rng: source of all randomness.
 
     Returns:
-        The canvas, of `MEAN_COLOUR` around the unchanged image, and the boxes on it.
+        The canvas, `MEAN_COLOUR` around the unchanged image, and the boxes on it.
     """
     if rng.random() >= 0.5:
         return image, boxes
@@ -80,11 +80,11 @@ def expand(
 def min_iou_crop(
     image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Crops a random patch whose IoU with every box reaches a bound, itself drawn at random.
+    """Crops a random patch whose IoU with every box reaches a randomly drawn bound.
 
-    A patch has at least 0.3 of each side of the image and a ratio of height to width from 0.5 to 2.
-    It keeps the objects whose centre is strictly inside, at least one of them. After 50 failed
-    attempts the bound is resampled. An image without objects takes the first patch of such a ratio.
+    Each side of a patch is at least 0.3 of the image's, its ratio of height to width 0.5 to 2. It
+    keeps the objects whose centre is strictly inside, and must keep at least one. After 50 failed
+    attempts the bound is redrawn. An image without objects takes the first patch of a valid ratio.
 
     Args:
         image: uint8 RGB [height, width, 3].
@@ -120,10 +120,10 @@ def min_iou_crop(
 
 
 def photometric(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Changes brightness, contrast, saturation, hue and the order of channels, each half the time.
+    """Changes brightness, contrast, saturation, hue and channel order, each half of the time.
 
-    Computed in float32 without clipping in between. Images cross to the device as uint8, so the
-    result is clipped and rounded, where the reference goes on with floats, also beyond [0, 255].
+    Computed in float32 without clipping in between. Images are sent to the device as uint8, so the
+    result is clipped and rounded, whereas the reference keeps floats, even outside [0, 255].
 
     Args:
         image: uint8 RGB [height, width, 3].
@@ -143,7 +143,7 @@ def photometric(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if contrast_first:
         pixels *= np.float32(contrast)
     if saturation != 1 or hue != 0:
-        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # degrees, fraction, as the pixels
+        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # in degrees, a fraction, as the pixels
         hsv *= np.array([1, saturation, 1], np.float32)
         hsv[..., 0] = (hsv[..., 0] + np.float32(hue)) % 360
         pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)

@@ -28,10 +28,10 @@ class Tfds:
     """A detection data set that tfds has prepared as array_record. Needs no TensorFlow.
 
     Attributes:
-        name: the data set and its config, if need be with the version: 'coco/2017:1.1.0'.
+        name: the data set and its config, optionally with a version: 'coco/2017:1.1.0'.
         root: where tfds keeps its data sets.
-        val_annotations: the original json of the validation split, relative to root: evaluation
-            then judges against it. Where there is no such file, against what tfds stored.
+        val_annotations: the original json of the validation split, relative to root, to evaluate
+            against. If there is no such file, evaluation uses what tfds stored.
         cache_dir: where sizes and boxes of all images are kept; the first start reads them.
     """
 
@@ -51,7 +51,7 @@ class Tfds:
 
 
 class TfdsImages:
-    """The images' bytes of a data set of tfds."""
+    """The encoded images of a tfds data set."""
 
     def __init__(self, directory: Path, split: str):
         """Opens a data set prepared by tfds; its images are left encoded."""
@@ -68,20 +68,20 @@ class TfdsImages:
 def open_tfds(
     name: str, split: str, data_dir: Path, cache_dir: Path, annotations: Path | None = None
 ) -> PreparedSplit:
-    """Opens a split of a data set of tfds.
+    """Opens a split of a tfds data set.
 
-    The first call reads all of it for the sizes of the images and their boxes.
+    The first call reads all of it to collect the sizes of the images and their boxes.
 
     Args:
-        name: the data set and its config, if need be with the version: `coco/2017:1.1.0`.
+        name: the data set and its config, optionally with a version: `coco/2017:1.1.0`.
         split: such as `train` or `validation[:10%]`.
         data_dir: where tfds keeps its data sets.
         cache_dir: where the sizes and boxes are kept.
-        annotations: the original json, if there is one: for the evaluation, and for the category
-            ids unless the classes are COCO's 80.
+        annotations: the original json, for the evaluation and the category ids; without one the
+            classes must be COCO's 80.
 
     Raises:
-        DataError: there is no such data set or split as array_record, or the json belongs to
+        DataError: there is no such data set or split in array_record, or the json belongs to
             another data set.
     """
     directory = _directory(name, data_dir)
@@ -133,7 +133,7 @@ def _directory(name: str, data_dir: Path) -> Path:
 
 
 def _write(folder: epath.Path, encoded: TfdsImages, annotations: Path | None) -> None:
-    """Reads all examples and writes table.npz, category_ids.json and, of the json, annotations.
+    """Reads all examples and writes table.npz, category_ids.json and, with a json, annotations.
 
     Raises:
         DataError: the json belongs to another data set.
@@ -147,7 +147,7 @@ def _write(folder: epath.Path, encoded: TfdsImages, annotations: Path | None) ->
         stated = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
         category_ids = sorted(category["id"] for category in content["categories"])
     if len(category_ids) != label.num_classes:
-        detail = f"{label.num_classes} classes, where the annotations have {len(category_ids)}"
+        detail = f"{label.num_classes} classes, but the annotations have {len(category_ids)}"
         raise data_error("other classes", annotations or encoded.info.full_name, detail)
     image_ids, filenames, sizes, objects = [], [], [], []
     examples = tqdm(encoded.examples, desc=f"reading {encoded.info.full_name}", unit=" images")
@@ -181,11 +181,11 @@ def _write(folder: epath.Path, encoded: TfdsImages, annotations: Path | None) ->
 def _objects(objects: dict[str, np.ndarray], size: tuple[int, int]) -> Sequence[Any]:
     """The objects of an example as `make_table` takes them.
 
-    tfds stores boxes as (y1, x1, y2, x2) in shares of the image's height and width.
+    tfds stores boxes as (y1, x1, y2, x2) as fractions of the image's height and width.
     """
     yxyx = np.reshape(objects["bbox"], (-1, 4)) * np.array([*size, *size], np.float64)
-    # tfds's data sets lack `ignore`, and their whole-number areas cannot tell 0 from 0.9. COCO's
-    # boxes have two decimals; float32 shares move a width of 1 by less than 1e-3.
+    # tfds data sets lack `ignore`, and their integer areas cannot tell 0 from 0.9. COCO's boxes
+    # have two decimals; float32 fractions shift a width of 1 by less than 1e-3.
     small = (yxyx[:, 2:] - yxyx[:, :2] < 1 - 1e-3).any(axis=1)
     boxes, labels = yxyx[:, [1, 0, 3, 2]], np.asarray(objects["label"])
     crowd = np.asarray(objects["is_crowd"])

@@ -101,5 +101,5 @@ def test_a_json_of_another_dataset_is_refused(tmp_path, monkeypatch):
     Coco(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
     with pytest.raises(DataError, match="lists no image"):
         tfds_source.open_tfds(*arguments, folder.annotations)
-    with pytest.raises(DataError, match="2 classes, where the annotations have 80"):
+    with pytest.raises(DataError, match="2 classes, but the annotations have 80"):
         tfds_source.open_tfds(*arguments)

@@ -1,1 +1,1 @@
-"""The `shapes` data set: made on the spot, in COCO's format."""
+"""The `shapes` data set: generated on first use, in COCO's format."""

@@ -50,7 +50,7 @@ class Shapes:
         seed: any non-negative integer. Image `i` of a split depends only on the seed, the split,
             `i`, the image size and `blurred`, so a larger data set begins with the smaller one.
         blurred: probability of trying to blur one or two sides of a shape; about a third of the
-            tries fail.
+            attempts fail.
         root: folder to make it in; empty: in the cache.
         cache_dir: where prepared data is kept.
     """
@@ -64,9 +64,9 @@ class Shapes:
     cache_dir: str = "~/.cache/gfl_jax"
 
     def __post_init__(self) -> None:
-        """Raises InputError for values of which no data set can be made."""
+        """Raises InputError for values that no data set can be made from."""
         if not 0 <= self.blurred <= 1:
-            raise InputError(f"data.blurred is {self.blurred}; it is a probability")
+            raise InputError(f"data.blurred is {self.blurred}; it must be a probability")
         for field in ("num_train", "num_val", "seed"):
             if getattr(self, field) < 0:
                 raise InputError(f"data.{field} is {getattr(self, field)}; it must be at least 0")
@@ -77,7 +77,7 @@ class Shapes:
             )
 
     def open(self, split: str) -> PreparedSplit:
-        """Opens 'train' or 'val'; makes and prepares the data set first if need be."""
+        """Opens 'train' or 'val'; makes and prepares the data set first if needed."""
         cache = local_folder(self.cache_dir, "--data.cache-dir")
         name = f"shapes-{self.num_train}-{self.num_val}-" + "x".join(
             map(str, (*self.image_size, self.seed, self.blurred))
@@ -99,7 +99,7 @@ def _write_image(folder: Path, spec: Shapes, split: str, index: int) -> list[Sha
 
 
 def _annotations(spec: Shapes, split: str, scenes: list[list[Shape]]) -> dict[str, Any]:
-    """Puts the labels of a split into COCO's format; `area` is that of the box."""
+    """The labels of a split in COCO's format; `area` is that of the box."""
 
     def xywh(box: tuple[float, ...]) -> list[float]:
         x0, y0, x1, y1 = (round(value, 2) for value in box)
@@ -149,8 +149,8 @@ def _is_made(root: Path, spec: Shapes) -> bool:
     for field, value in _described(spec).items():
         if stored.get(field) != value:
             raise InputError(
-                f"{root} holds other shapes: its {field} is {stored.get(field)} instead of "
-                f"{value}; delete the folder or name another"
+                f"{root} holds another data set: its {field} is {stored.get(field)} instead of "
+                f"{value}; delete the folder or choose another"
             )
     return True
 
@@ -159,7 +159,7 @@ def make_shapes(root: str | os.PathLike[str], spec: Shapes) -> Path:
     """Makes the data set in a folder, unless it is already there.
 
     Everything is written to a folder beside `root` and renamed when complete, so `root` is never
-    incomplete; what a killed run leaves there is deleted by the next.
+    incomplete; leftovers of a killed run are deleted by the next one.
 
     Args:
         root: The folder; missing parents are created.

@@ -18,7 +18,7 @@ MIN_SIDE = 24.0  # px, of a shape's nominal box
 MAX_SIDE = 0.7  # of the image's shorter side
 TILT = 0.3  # rad, to either side
 MAX_SHAPES = 5  # per image
-MIN_VISIBLE = 0.4  # no shape is hidden further than this
+MIN_VISIBLE = 0.4  # the least part of a shape that is visible
 MIN_BLURRED = 28.0  # px, the least extent along which a side may be blurred
 FADE = 2.0  # a blurred side fades out within +- FADE sigma, and its label stays within as well
 CLIPPED_STD = 0.95940  # standard deviation of a standard normal clipped to +- FADE
@@ -35,7 +35,7 @@ class Shape(NamedTuple):
         label: Index into `CLASSES`.
         ambiguity: Standard deviation of each side (left, top, right, bottom) of `box` around
             `nominal`, in pixels: 0 where the side is sharp or cut off by the border of the image.
-            Only blur counts, not that a later shape may hide the side.
+            Only blur counts, not occlusion by later shapes.
         visible: The fraction of the shape's area inside the image that no later shape hides.
     """
 
@@ -64,7 +64,7 @@ def make_outline(rng: np.random.Generator, label: int) -> list[np.ndarray]:
         label: Index into `CLASSES`.
 
     Returns:
-        The shape's polygons, each (points, 2) of (x, y), in a common scale around (0, 0). The
+        The shape's polygons, each (points, 2) of (x, y), at a common scale around (0, 0). The
         first is the outer one; a second is a hole.
     """
 
@@ -130,7 +130,7 @@ def make_sprite(rng: np.random.Generator, height: int, width: int, blurred: floa
         blurred: Probability of trying to blur some of its sides.
 
     Returns:
-        The sprite; to about a pixel, `nominal` is the box of its `alpha > 0.5`.
+        The sprite; to within about a pixel, `nominal` is the box of its `alpha > 0.5`.
     """
     label = int(rng.integers(len(CLASSES)))
     polygons = make_outline(rng, label)
@@ -202,7 +202,7 @@ def make_texture(rng: np.random.Generator, height: int, width: int) -> np.ndarra
     x = np.linspace(-width, width, width, dtype=np.float32)[None] * np.float32(np.pi / period)
     y = np.linspace(-height, height, height, dtype=np.float32)[:, None] * np.float32(np.pi / period)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    u, v = x * cos + y * sin, y * cos - x * sin  # radians, 2 pi to the period
+    u, v = x * cos + y * sin, y * cos - x * sin  # radians, 2 pi per period
     match TEXTURES[rng.integers(len(TEXTURES))]:
         case "flat":
             texture: np.ndarray = np.zeros((height, width), np.float32)
@@ -220,7 +220,7 @@ def make_texture(rng: np.random.Generator, height: int, width: int) -> np.ndarra
 
 
 def make_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Returns a cluttered background (3, h, w), float32 in [0, 255], of no class at all."""
+    """Returns a cluttered background (3, h, w), float32 in [0, 255], without any object."""
 
     def tint(low: float, high: float) -> np.ndarray:
         return rng.uniform(low, high, (3, 1, 1)).astype(np.float32)
