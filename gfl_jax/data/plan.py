@@ -137,7 +137,7 @@ class BatchPlan:
                 return canvas
         raise InputError(
             f"no canvas of {canvases} holds an image of {needed[0]} x {needed[1]} (height x "
-            f"width), which data.scale {self.data.scale} makes: add to data.canvases or lower it"
+            f"width), made by data.scale {self.data.scale}: extend data.canvases or lower the scale"
         )
 
     def __call__(self, step: int) -> Slots:

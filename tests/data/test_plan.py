@@ -222,7 +222,7 @@ def test_canvases_are_mirrored_and_sorted_by_area():
 
 def test_a_canvas_too_small_is_a_clear_error():
     plan = make([(100, 200), (100, 250)], canvases=((128, 256),), scale=(320, 128))
-    with pytest.raises(ValueError, match=r"holds an image of 128 x 320 .*add to data\.canvases"):
+    with pytest.raises(ValueError, match=r"holds an image of 128 x 320 .*extend data\.canvases"):
         plan(0)
 
 
