@@ -1,13 +1,13 @@
 """PyTorch checkpoints in and out: `gfl-jax convert SRC DST`.
 
-From PyTorch: SRC is a .pth or .safetensors file of mmdetection (2.x or 3.x) with a GFL, ATSS, FCOS,
-FoveaBox, RetinaNet or SSD512; or a ResNet of torchvision or timm, or the VGG-16 of SSD, which gets
-a random neck and head. DST becomes a work directory whose checkpoint is step 0: `gfl-jax eval DST`
-evaluates it, `gfl-jax train CONFIG --workdir DST` trains on from it.
+From PyTorch: SRC is a .pth or .safetensors file from mmdetection (2.x or 3.x) with a GFL, ATSS,
+FCOS, FoveaBox, RetinaNet or SSD512; or a torchvision or timm ResNet or SSD's VGG-16, which get a
+random neck and head. DST becomes a work directory with a checkpoint at step 0: `gfl-jax eval DST`
+evaluates it, `gfl-jax train CONFIG --workdir DST` continues from it.
 
 To PyTorch: SRC is a work directory or a folder of checkpoints, DST a new .pth file with the names
-and layouts of mmdetection 3.x (needs torch). What came in comes out bit by bit. The file carries
-the experiment too, so that detectors without a counterpart in mmdetection can be read back.
+and layouts of mmdetection 3.x (needs torch). What was imported is exported bit by bit. The file
+also holds the experiment, so that detectors without a counterpart in mmdetection can be read back.
 """
 
 import dataclasses
@@ -43,11 +43,11 @@ _OLD_NAMES = {
     r"(?:backbone|bbox_head)\.l2_norm\.": "neck.l2_norm.",
     r"bbox_head\.(cls|reg)_convs\.(\d+)\.(weight|bias)$": r"bbox_head.\1_convs.\2.0.\3",
 }
-"""Names of mmdetection 2.x and what they are called since."""
+"""Names in mmdetection 2.x, and their replacements in 3.x."""
 
 
 def modern_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same arrays under the names of mmdetection 3.x."""
+    """The same arrays under their names in mmdetection 3.x."""
 
     def renamed(name: str) -> str:
         for old, new in _OLD_NAMES.items():
@@ -62,9 +62,9 @@ def modern_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def infer_experiment(arrays: Mapping[str, np.ndarray]) -> Experiment:
-    """The experiment that a detector's arrays belong to: one of `gfl_jax.systems`, of their sizes.
+    """The experiment that a detector's arrays belong to: one of `gfl_jax.systems`, in their sizes.
 
-    What arrays do not show (the schedule, thresholds, colours, where bottlenecks stride) is as in
+    What the arrays do not show (schedule, thresholds, colours, where bottlenecks stride) is as in
     that system.
 
     Raises:
@@ -90,8 +90,8 @@ def infer_experiment(arrays: Mapping[str, np.ndarray]) -> Experiment:
             "no detector of this project: its bbox_head has "
             f"{', '.join(sorted(heads)) or 'nothing'}; there are GFL (gfl_cls), ATSS (atss_cls, "
             "atss_centerness), FCOS (conv_cls, conv_centerness), FoveaBox (conv_cls, no gn), "
-            "RetinaNet (retina_cls) and SSD512 (backbone.features); name the config of a variant "
-            "with --config"
+            "RetinaNet (retina_cls) and SSD512 (backbone.features); pass the config of a variant "
+            "as --config"
         )
 
     model = cast(Model, system.model)
@@ -115,10 +115,10 @@ def infer_experiment(arrays: Mapping[str, np.ndarray]) -> Experiment:
 
 
 def count_classes(arrays: Mapping[str, np.ndarray], experiment: Experiment) -> int:
-    """How many classes the arrays of an experiment's detector tell apart.
+    """The number of classes that the arrays of an experiment's detector have.
 
     Raises:
-        ValueError: they are not of this detector.
+        ValueError: they do not belong to this detector.
     """
     model, detector = experiment.model, experiment.detector
     last = f"bbox_head.{model.cls_conv}.weight"
@@ -126,7 +126,7 @@ def count_classes(arrays: Mapping[str, np.ndarray], experiment: Experiment) -> i
     classes, rest = divmod(channels, detector.priors.per_cell[0])
     if rest:
         raise InputError(
-            f"{last} has {channels} channels, no multiple of the "
+            f"{last} has {channels} channels, not a multiple of the "
             f"{detector.priors.per_cell[0]} priors per cell of {detector.priors}"
         )
     return classes - detector.classification.channels(0)
@@ -134,7 +134,7 @@ def count_classes(arrays: Mapping[str, np.ndarray], experiment: Experiment) -> i
 
 def _shape(arrays: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
     if name not in arrays or arrays[name].ndim != 4:
-        raise InputError(f"{name} is missing or no kernel of a convolution")
+        raise InputError(f"{name} is missing or not a convolution kernel")
     return arrays[name].shape
 
 
@@ -151,13 +151,13 @@ def _infer_resnet(arrays: Mapping[str, np.ndarray], prefix: str) -> tuple[int, i
         if tuple(stages) == blocks and bottleneck == (depth >= 50):
             return depth, len(stem)
     raise InputError(
-        f"no ResNet of this project: it has stages of {stages or 'no'} blocks; there are "
+        f"not a ResNet of this project: it has stages of {stages or 'no'} blocks; there are "
         + ", ".join(f"{depth}: {blocks}" for depth, blocks in BLOCKS.items())
     )
 
 
 def state_dict(network: Network, variables: Variables, detector: Detector) -> dict[str, np.ndarray]:
-    """All arrays as mmdetection's state dict has them, buffers included, in torch's layout."""
+    """All arrays as in mmdetection's state dict, with buffers, in torch's layout."""
     arrays: dict[str, np.ndarray] = {}
     for path, array in network.by_path(variables).items():
         name = torch_name(path)
@@ -184,8 +184,8 @@ def read_detector(source: Path, config: str = "") -> Loaded:
 
     Args:
         source: .pth or .safetensors file.
-        config: file of the experiment, otherwise the one that this project wrote into the file, or
-            what the arrays tell.
+        config: file of the experiment; otherwise the one that this project wrote into the file, or
+            the one inferred from the arrays.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -219,13 +219,13 @@ def _detector(
 def import_checkpoint(
     source: Path, folder: Path | epath.Path, config: str = "", annotations: str = ""
 ) -> tuple[Experiment, int]:
-    """Makes `folder` a work directory whose checkpoint, step 0, is that of the file `source`.
+    """Makes `folder` a work directory whose checkpoint, at step 0, is the file `source`.
 
     Args:
         source: a detector or a backbone.
         folder: to be made.
-        config: file of the experiment, otherwise inferred from the arrays.
-        annotations: COCO json whose categories are the classes, where the file does not say.
+        config: file of the experiment; otherwise inferred from the arrays.
+        annotations: COCO json whose categories are the classes, if the file does not name them.
 
     Returns:
         The experiment and the number of arrays read.
@@ -236,14 +236,14 @@ def import_checkpoint(
             every missing, unexpected or misshapen one is named.
     """
     if (folder / "checkpoints").exists():
-        raise InputError(f"{folder} already holds checkpoints; name a new folder")
+        raise InputError(f"{folder} already holds checkpoints; choose a new folder")
     arrays, meta = read_torch_file(source)
     about = _categories(meta, annotations)
     count = len(about["category_names"])
     if any(name.startswith("bbox_head.") for name in arrays):
         experiment, classes, network, variables = _detector(arrays, meta, source, config)
         if classes != count:
-            raise InputError(f"{source} has {classes} classes, the categories given are {count}")
+            raise InputError(f"{source} has {classes} classes, but {count} categories are given")
     else:
         experiment = load_experiment(config) if config else _around_backbone(arrays)
         model = experiment.model.with_pretrained(str(source))
@@ -267,7 +267,7 @@ def _around_backbone(arrays: Mapping[str, np.ndarray]) -> Experiment:
 
 
 def _categories(meta: Mapping[str, Any], annotations: str) -> dict[str, Any]:
-    """`category_ids` and `category_names` as checkpoints keep them."""
+    """`category_ids` and `category_names` as checkpoints store them."""
     if annotations:
         categories = json.loads(Path(annotations).read_bytes())["categories"]
         pairs = sorted((category["id"], category["name"]) for category in categories)
@@ -279,13 +279,13 @@ def _categories(meta: Mapping[str, Any], annotations: str) -> dict[str, Any]:
                 ids = holder.get("category_ids", range(1, len(names) + 1))
                 return {"category_ids": list(ids), "category_names": list(names)}
     raise InputError(
-        "the file does not name its classes: pass --annotations FILE, a COCO json whose categories "
-        "they are"
+        "the file does not name its classes: pass --annotations FILE, a COCO json with these "
+        "categories"
     )
 
 
 def export_checkpoint(source: PathLike, file: Path) -> int:
-    """Writes the best (or only) checkpoint of a folder as a .pth for mmdetection 3.x.
+    """Writes the best checkpoint of a folder (without one, the newest) as a .pth for mmdet 3.x.
 
     Returns:
         The number of arrays written.
@@ -296,7 +296,7 @@ def export_checkpoint(source: PathLike, file: Path) -> int:
         MissingExtraError: torch is not installed.
     """
     if file.exists():
-        raise InputError(f"{file} exists; name a new file")
+        raise InputError(f"{file} already exists; choose a new file")
     with needs("torch"):
         import torch
     run = load(source)
@@ -334,13 +334,13 @@ def main(
     if as_path(src).is_dir():
         file = local_path(dst, "DST")
         if file.suffix != ".pth":
-            raise InputError(f"{src} is a folder, so that DST must be a .pth file; it is {dst}")
+            raise InputError(f"{src} is a folder, so DST must be a .pth file; it is {dst}")
         print(f"{export_checkpoint(src, file)} arrays of {src} written to {file}")
     else:
         weights = local_path(src, "SRC")
         experiment, count = import_checkpoint(weights, as_path(dst), config, annotations)
         print(
-            f"{count} arrays of {src}, every one used, none missing: step 0 of {dst}\n"
+            f"{count} arrays of {src}, all used, none missing: step 0 of {dst}\n"
             f"{experiment.model}\n{experiment.detector}\n"
             f"next: gfl-jax eval {dst} --data.root FOLDER"
         )

@@ -1,10 +1,10 @@
-"""Both programs on the same images.
+"""Compares this project with mmdetection on the same images.
 
     gfl-jax crosscheck IMAGE... --checkpoint X.pth
 
-Compares this project with mmdetection stage by stage, from the network's input to the detections,
-prints a table and exits with status 1 if they differ. Without mmdetection it compares a GFL with
-the plain PyTorch model in `torch_gfl.py`, and says so.
+Goes stage by stage, from the network's input to the detections, prints a table and exits with
+status 1 if they differ. If mmdetection is not installed, it compares a GFL with the plain PyTorch
+model in `torch_gfl.py`, and says so.
 """
 
 import dataclasses
@@ -45,13 +45,13 @@ TORCH_GFL_FIXED = {
     "detector.box_loss.loss": ("giou",),
     "detector.inference.drop_empty": (True,),
 }
-"""The only values that the plain model has for these fields."""
+"""The only values of these fields that the plain model supports."""
 
 TOLERANCE = {"input": 1e-6, "backbone": 1e-4, "feature": 1e-4, "head": 1e-4, "loss": 1e-4}
 """Relative to the largest value of the reference, float32."""
 PIXELS, SCORES, MARGIN = 0.05, 1e-4, 1e-5
-"""Tolerances of detections: boxes in pixels, scores, and how near to a threshold or cut-off a score
-may fall on either side."""
+"""Tolerances of detections: boxes in pixels, scores, and how close to a threshold or cut-off a
+score may be on either side of it."""
 
 Boxes = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Boxes [n, 4], scores [n] and labels [n]."""
@@ -62,11 +62,11 @@ class StageDifference:
     """One line of the table.
 
     Attributes:
-        stage: as `title` calls it.
+        stage: named as by `title`.
         absolute: the largest difference.
         relative: the same, relative to the largest value of the reference.
-        tolerance: of the relative difference; of detections, of their boxes in pixels.
-        where: the first element out of tolerance, empty if there is none.
+        tolerance: for the relative difference; for detections, for their boxes in pixels.
+        where: the first element out of tolerance; empty if there is none.
     """
 
     stage: str
@@ -90,7 +90,7 @@ def run_reference(job: dict[str, Any], python: str) -> tuple[str, Stages]:
 
     Raises:
         InputError: it has no such detector; the message names the choices that it lacks.
-        SetupError: it fails; the message is its own.
+        SetupError: it fails; the message is its output.
     """
     config = json.loads(job["config"])
     with tempfile.TemporaryDirectory() as folder:
@@ -111,8 +111,8 @@ def run_reference(job: dict[str, Any], python: str) -> tuple[str, Stages]:
             missing = f"mmdetection is not installed for {python}"
             if unknown := mmdet_config.differences(config, TORCH_GFL_FIXED):
                 raise SetupError(
-                    f"{missing}; name its interpreter with --python. The plain PyTorch model that "
-                    f"is used without it has no {'; '.join(unknown)}"
+                    f"{missing}; pass its interpreter as --python. The plain PyTorch model that is "
+                    f"used without it does not support {'; '.join(unknown)}"
                 )
             name = f"the plain PyTorch model in {TORCH_GFL.name} (mmdetection is not installed)"
             run(TORCH_GFL, sys.executable)
@@ -163,9 +163,9 @@ def detections_of(stages: Stages, kind: str, i: int) -> Boxes:
 
 
 def match(ours: Boxes, theirs: Boxes) -> np.ndarray:
-    """For each of theirs, the index of the nearest of ours that equals it, or -1.
+    """For each of theirs, the index of the nearest of ours that matches it, or -1.
 
-    Equal means of the same class, within PIXELS and SCORES. Each of ours is used once.
+    A match has the same class and is within PIXELS and SCORES. Each of ours is used at most once.
     """
     boxes, scores, labels = ours
     free, matches = np.ones(len(scores), bool), np.full(len(theirs[1]), -1)
@@ -186,8 +186,8 @@ def _compare_detections(
     matches = match(actual, expected)
     kept = matches >= 0
     missing, extra = ~kept, np.setdiff1d(np.arange(len(actual[1])), matches)
-    texts = [f"no class {c} of score {s:.5f} at {b}" for b, s, c in _rows(expected, missing)]
-    texts += [f"one too many of score {s:.5f}" for _, s, _ in _rows(actual, extra)]
+    texts = [f"no class {c} with score {s:.5f} at {b}" for b, s, c in _rows(expected, missing)]
+    texts += [f"one too many with score {s:.5f}" for _, s, _ in _rows(actual, extra)]
     full = len(expected[1]) == inference.max_per_image
     cut = float(expected[1][-1]) if full else inference.score_threshold
     scores = np.concatenate([expected[1][missing], actual[1][extra]])
@@ -232,7 +232,7 @@ def main(
         scale: (long, short) sides in pixels that images are resized to fit; None: those of the
             experiment.
         python: interpreter of the environment where mmdetection is installed.
-        config: config of the model, needed where the arrays alone do not identify it.
+        config: config of the model, needed if the arrays do not identify it.
 
     Returns:
         0 if all stages agree, 1 otherwise.

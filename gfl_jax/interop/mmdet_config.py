@@ -1,6 +1,6 @@
-"""A detector of this project in mmdetection's words: its model config.
+"""The mmdetection model config of a detector of this project.
 
-Also for an environment without jax: nothing is imported, experiments are plain dictionaries as
+It works without jax: nothing is imported, and experiments are plain dictionaries as
 `gfl_jax.config.to_dict` writes them.
 """
 
@@ -94,12 +94,12 @@ FIXED: dict[str, dict[str, tuple]] = {
         "detector.classification": ("SoftmaxMining",),
     },
 }
-"""Fields of the experiment for which mmdetection's heads have only these values; for a dataclass
-its kind or all of it. Numbers that are not named here may have any value."""
+"""Fields of the experiment for which mmdetection's heads support only these values; for a
+dataclass, its kind or all of it. Numbers that are not listed here may have any value."""
 
 
 def head_type(config):
-    """The head of mmdetection for an experiment."""
+    """The class of mmdetection's head for an experiment."""
     names = config["model"].get("head", {"names": "ssd"})["names"]
     if names == "conv":
         return "FoveaHead" if config["detector"]["box"]["kind"] == "LogDistances" else "FCOSHead"
@@ -107,7 +107,7 @@ def head_type(config):
 
 
 def differences(config, fixed):
-    """Fields of an experiment that differ from `fixed`, in words; absent fields do not count."""
+    """Fields of an experiment that differ from `fixed`, as text; absent fields do not count."""
     found = []
     for field, allowed in fixed.items():
         value = config
@@ -127,15 +127,15 @@ def _words(value):
 
 
 def model_config(config):
-    """The detector in mmdetection's words.
+    """The detector's config in mmdetection.
 
     Raises:
-        ValueError: it has no such detector; the message names every choice without counterpart.
+        ValueError: it has no such detector; the message names every choice without a counterpart.
     """
     model, detector = config["model"], config["detector"]
     head = head_type(config)
     if unknown := differences(config, FIXED[head]):
-        raise ValueError(f"mmdetection's {head} has no counterpart of {'; '.join(unknown)}")
+        raise ValueError(f"mmdetection's {head} has no counterpart for {'; '.join(unknown)}")
     inference, assigner = detector["inference"], detector["assigner"]
     test = dict(
         nms_pre=inference["nms_pre"],
@@ -162,7 +162,7 @@ def model_config(config):
         train["smoothl1_beta"] = detector["box_loss"]["beta"]
         negatives = detector["classification"]["negatives"]
         if negatives != int(negatives):
-            raise ValueError(f"mmdetection's SSDHead takes whole negatives, not {negatives}")
+            raise ValueError(f"mmdetection's SSDHead needs an integer for negatives, not {negatives}")
         train["neg_pos_ratio"] = int(negatives)
     layers = _ssd_layers(model) if head == "SSDHead" else _pyramid_layers(model)
     layers["bbox_head"] |= dict(type=head, num_classes=config["num_classes"], **_choices(config))

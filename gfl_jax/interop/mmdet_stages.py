@@ -3,7 +3,7 @@
 `python mmdet_stages.py JOB.npz OUT.npz`; exits with status 3 if mmdetection is not installed and 4
 if it has no such detector. The job holds `images` (uint8 RGB, padded), `sizes`, `boxes.I`,
 `labels.I`, the state dict as `param.NAME` and `config`: JSON of the experiment and `num_classes`.
-Writes the stages under the names of `stages.py`.
+Writes the stages under the names in `stages.py`.
 """
 
 import json
@@ -72,7 +72,7 @@ def main(job_file, out_file):
         out["input"] = x
         backbone = model.backbone(x)
         pyramid = model.neck(backbone)
-        # The distances of FCOSHead are in other units in training.
+        # FCOSHead's distances are in other units in training.
         outputs = head.train()(pyramid)
         losses = head.loss_by_feat(*outputs, objects, metas)
         found = head.eval().predict_by_feat(*head(pyramid), batch_img_metas=metas, rescale=False)

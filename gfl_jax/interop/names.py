@@ -48,7 +48,7 @@ def from_torch(path: tuple, array: np.ndarray, shape: tuple[int, ...]) -> np.nda
     Args:
         path: The NNX path.
         array: The array in PyTorch's layout.
-        shape: The shape that the NNX variable has.
+        shape: The shape of the NNX variable.
 
     Returns:
         The array of shape `shape`, C-contiguous.

@@ -15,7 +15,7 @@ _SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def find_pretrained(name_or_path: str) -> Path:
-    """Finds the file of a pretrained model, fetching it if need be.
+    """Finds the file of a pretrained model, fetching it if needed.
 
     Args:
         name_or_path: A local file, which is used as it is, or the name of a repository on the
@@ -27,7 +27,7 @@ def find_pretrained(name_or_path: str) -> Path:
         The path of the file.
 
     Raises:
-        FileNotFoundError: There is no such file, or it could not be fetched; the message tells
+        FileNotFoundError: There is no such file, or it could not be fetched; the message says
             which file to put where.
     """
     path = Path(name_or_path).expanduser()
@@ -51,7 +51,7 @@ def find_pretrained(name_or_path: str) -> Path:
         raise MissingFileError(
             f"could not fetch {name_or_path} from the Hugging Face hub ({reason}): "
             f"download model.safetensors of {name_or_path} and pass "
-            f"--model.backbone.pretrained PATH (of SSD: --model.pretrained), or put it at {kept}"
+            f"--model.backbone.pretrained PATH (for SSD: --model.pretrained), or put it at {kept}"
         ) from error
 
 
@@ -67,7 +67,7 @@ def load_backbone(backbone_state: Mapping[tuple, Any], source: str) -> dict[tupl
 
     Raises:
         FileNotFoundError: The source cannot be found.
-        ValueError: The file cannot be read, or it is not of this backbone; every name that is
+        ValueError: The file cannot be read or does not fit this backbone; every name that is
             missing, unexpected or of another shape is listed.
     """
     arrays, _ = read_torch_file(find_pretrained(source))
@@ -80,7 +80,7 @@ def load_pretrained(network: Network, variables: Variables) -> Variables:
     """The same variables with the pretrained backbone of the network's model, if it names one.
 
     Raises:
-        FileNotFoundError: it is neither here nor to be fetched; the message says what to do.
+        FileNotFoundError: it is not here and cannot be fetched; the message says what to do.
         ValueError: its arrays are not those of this backbone; every difference is named.
     """
     source = network.model.pretrained

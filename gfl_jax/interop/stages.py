@@ -16,7 +16,7 @@ from gfl_jax.interop.names import to_torch, torch_name
 from gfl_jax.models.network import Arrays, Network, Variables
 
 INVALID = -3
-"""What a prior in the padding counts as matched with."""
+"""What a prior in the padding is assigned to."""
 
 Stages = dict[str, np.ndarray]
 
@@ -28,7 +28,7 @@ def stages(network: Network, detector: Detector, variables: Variables, batch: Ba
         `input`; `backbone.0`, ... (C2 to C5); `feature.P3` to `.P7` (SSD: S0 to S6);
         `head.cls.P3`, `head.box.P3`, ...: logits and the box representation's parameters (all
         logits of a distribution), and `head.quality.P3`, ... where there is a quality branch;
-        `assign.gt` [images, priors]: the object of each prior, -1 background, -2 ignored,
+        `assign.gt` [images, priors]: the object of each prior, or -1 background, -2 ignored,
         -3 padding; `assign.labels` (the number of classes is background), `assign.weight`,
         `assign.box_targets` in pixels, `assign.parameters`: the same as parameters of the box
         representation, `assign.centerness`, `assign.num_pos`; for each loss term `loss.NAME`,
@@ -82,7 +82,7 @@ def stages(network: Network, detector: Detector, variables: Variables, batch: Ba
 
     matched, trained = found["matched"], found["trained"]
     positive, index = matched >= 0, np.maximum(matched, 0)
-    outputs_of_class = detector.classification.channels(0)  # 1 for a background
+    outputs_of_class = detector.classification.channels(0)  # 1 if there is a background
     num_classes = outputs.cls_logits[0].shape[-1] // priors.per_cell[0] - outputs_of_class
     rows = np.arange(len(matched))[:, None]
     invalid = ~trained & (matched != IGNORED)
@@ -113,7 +113,7 @@ def stages(network: Network, detector: Detector, variables: Variables, batch: Ba
 
 
 def gradients(network: Network, detector: Detector, variables: Variables, batch: Batch) -> Arrays:
-    """The gradient of the sum of all loss terms in every trained parameter."""
+    """The gradient of the sum of all loss terms with respect to every trained parameter."""
 
     @jax.jit
     def gradient(variables, batch):
@@ -129,7 +129,7 @@ def gradients(network: Network, detector: Detector, variables: Variables, batch:
 
 
 def torch_arrays(network: Network, arrays: Arrays) -> Stages:
-    """Arrays by our dotted names as torch names and lays them out."""
+    """Arrays by our dotted names, renamed and laid out as in torch."""
     paths = {".".join(map(str, path)): path for path in network.paths}
     return {torch_name(paths[name]): to_torch(paths[name], a) for name, a in arrays.items()}
 

@@ -1,8 +1,8 @@
 """Reads tensors from PyTorch checkpoints without torch and without running code from them.
 
-A checkpoint is a pickle, and a pickle may call anything that it can name. The unpickler here hands
-out `OrderedDict`, lazy tensors, and inert placeholders for a fixed list of harmless names found
-beside weights (numpy scalars, training logs, ...). Any other name makes it reject the whole file.
+A checkpoint is a pickle, and a pickle may call anything that it can name. The unpickler here only
+returns `OrderedDict`, lazy tensors, and inert placeholders for a fixed list of harmless names found
+with weights (numpy scalars, training logs, ...). Any other name makes it reject the whole file.
 """
 
 import pickle
@@ -103,7 +103,7 @@ class _Parameter(_Inert):
 _BUILTINS = "bool bytearray complex dict float frozenset getattr int list set str tuple"
 
 # Nothing but OrderedDict and the classes above is ever called. `getattr` is on the list because
-# mmengine's HistoryBuffer pickles its methods by it; its placeholder looks nothing up.
+# mmengine's HistoryBuffer pickles its methods with it; its placeholder looks nothing up.
 _GLOBALS: dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
     "torch._utils._rebuild_tensor": _Tensor,
@@ -134,7 +134,7 @@ _GLOBALS: dict[str, Any] = {
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: IO[bytes]):
-        super().__init__(file, encoding="utf-8")  # for the strings of Python 2
+        super().__init__(file, encoding="utf-8")  # for strings from Python 2
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -155,7 +155,7 @@ class TorchFile(NamedTuple):
 
     Attributes:
         arrays: the tensors by name.
-        meta: what mmdet stores beside them, with placeholders for objects.
+        meta: what mmdet stores with them, with placeholders for objects.
     """
 
     arrays: dict[str, np.ndarray]

@@ -1,7 +1,7 @@
-"""GFL in plain PyTorch, written from the specification: what we are compared with without mmdet.
+"""GFL in plain PyTorch, written from the specification: the reference if mmdet is not installed.
 
 `python torch_gfl.py JOB.npz OUT.npz`, see gfl_jax/interop/crosscheck.py. Nothing here is shared
-with the package: loops where it has masks, gathers where it has none.
+with the package: this loops where that masks, and gathers where that does not.
 """
 
 import json
@@ -91,7 +91,7 @@ class GFL:
         return torch.cat([m.permute(0, 2, 3, 1).flatten(1, 2) for m in maps], 1)
 
     def distances(self, box):
-        """Expected distances in strides of flat box logits."""
+        """Expected distances in strides, from flat box logits."""
         p = box.unflatten(-1, (4, self.c["n"] + 1)).softmax(-1)
         return p @ (torch.arange(self.c["n"] + 1.0) * self.c["delta"])
 
@@ -186,7 +186,7 @@ def overlaps(a, b):
 
 
 def atss(anchors, valid, levels, gts, topk, anchor_scale):
-    """The object of each anchor, -1 for none: an object at a time, a level at a time."""
+    """The object assigned to each anchor, or -1; one object and one level at a time."""
     matched = torch.full((len(anchors),), -1)
     best = torch.full((len(anchors),), -1.0)
     half = anchors[:, 2:3] * anchor_scale / 2
@@ -212,7 +212,7 @@ def atss(anchors, valid, levels, gts, topk, anchor_scale):
 
 
 def main(job_file, out_file):
-    """Runs the job of one file and writes the stages to the other."""
+    """Runs the job in one file and writes the stages to the other."""
     job = np.load(job_file)
     experiment = json.loads(str(job["config"]))
     colours, detector = experiment["model"], experiment["detector"]

@@ -141,7 +141,7 @@ def test_classes_are_counted_without_background_where_there_is_one():
     quality = {"classification": QualityFocal(), "quality": JointQuality()}
     joint = systems.variant(systems.ssd512, detector=quality)
     assert convert.count_classes(zeros(joint, 80), joint) == 80
-    message = r"retina_cls.weight has 80 channels, no multiple of the 9 priors"
+    message = r"retina_cls.weight has 80 channels, not a multiple of the 9 priors"
     arrays = {"bbox_head.retina_cls.weight": np.zeros((80, 8, 3, 3))}
     with pytest.raises(ValueError, match=message):
         convert.count_classes(arrays, systems.retinanet)
@@ -299,7 +299,7 @@ def test_classes_must_be_known_and_as_many(tmp_path, annotations):
     two = json.loads((tmp_path / "instances.json").read_text())
     two["categories"].pop()
     (tmp_path / "instances.json").write_text(json.dumps(two))
-    with pytest.raises(ValueError, match="has 3 classes, the categories given are 2"):
+    with pytest.raises(ValueError, match="has 3 classes, but 2 categories are given"):
         convert.main(tmp_path / "x.safetensors", tmp_path / "run", annotations=annotations)
 
 

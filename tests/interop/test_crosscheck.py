@@ -236,7 +236,7 @@ def test_choices_without_counterpart_are_named(system, change, messages):
     experiment = systems.variant(getattr(systems, system), detector=change)
     with pytest.raises(ValueError) as error:
         mmdet_config.model_config(crosscheck.settings(experiment, 80))
-    for message in ["no counterpart of", *messages]:
+    for message in ["no counterpart for", *messages]:
         assert message in str(error.value)
 
 
