@@ -1,1 +1,1 @@
-"""Programs beside training: the paper's tables, the claims behind them, and preflight."""
+"""Programs besides training: the paper's tables, the claims behind them, and preflight."""

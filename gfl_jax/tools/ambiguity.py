@@ -38,8 +38,8 @@ class Sides(NamedTuple):
         spread: predicted standard deviation.
         excess: the part of the spread beyond that of two neighbouring bins with the same mean, to
             which DFL drives the distribution of a clear side.
-        ideal_spread: spread of the distribution that minimises DFL for the same prior, the mean of
-            its targets over all labels that the side could have had; of a Gaussian, the ambiguity.
+        ideal_spread: spread of the distribution that minimises DFL for the same prior: the mean of
+            its targets over all labels that the side could have had; for a Gaussian, the ambiguity.
         ideal_excess: excess of that distribution.
         error: distance between the predicted side and its label.
     """
@@ -73,9 +73,9 @@ class Match(NamedTuple):
 def matches(
     run: Run, split: PreparedSplit, objects_by_id: dict[int, Objects], iou: float
 ) -> Iterator[Match]:
-    """Objects of known ambiguity with the candidate of their class that overlaps them by `iou`.
+    """Objects of known ambiguity, each with a candidate of its class that overlaps it by `iou`.
 
-    Of several candidates the one with the highest score counts.
+    If there are several, the one with the highest score counts.
     """
     for image_id, candidates in best_candidates(run, split, 100):
         objects = objects_by_id[image_id]
@@ -95,7 +95,7 @@ def sides_of(run: Run, split: PreparedSplit, iou: float = 0.6) -> Sides:
     Args:
         run: a detector that predicts distributions.
         split: images and objects with known ambiguities.
-        iou: least overlap; of several candidates the one with the highest score counts.
+        iou: minimum overlap; of several candidates, the one with the highest score counts.
 
     Raises:
         InputError: the box representation has no spread, the data has no ambiguities, or no object
@@ -128,7 +128,7 @@ def sides_of(run: Run, split: PreparedSplit, iou: float = 0.6) -> Sides:
 def opposites(ambiguity: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each blurred side opposite a sharp one: its ambiguity, and whether its value is larger.
 
-    Both belong to the same object, thus have the same size and level: only the blur differs.
+    Both belong to the same object, so size and level are the same: only the blur differs.
 
     Args:
         ambiguity: [n, 4], of the sides (left, top, right, bottom) of n objects.
@@ -144,7 +144,7 @@ def opposites(ambiguity: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np
 
 
 def statistics(by_object: Sides) -> dict[str, float]:
-    """Rank correlations, shares and medians, each under a name that says which."""
+    """Rank correlations, shares and medians, each under a name that says what it is."""
     sides = Sides(*(column.reshape(-1) for column in by_object))
     blurred = sides.ambiguity > 0
     numbers: dict[str, float] = {"sides": len(blurred), "blurred sides": int(blurred.sum())}
@@ -174,7 +174,7 @@ def statistics(by_object: Sides) -> dict[str, float]:
 
 
 def _plot(by_object: Sides, file: epath.Path) -> None:
-    """Plots spread by quarters of ambiguity, and blurred sides against the sharp ones opposite."""
+    """Plots spread by quartiles of ambiguity, and blurred sides against the sharp ones opposite."""
     sides = Sides(*(column.reshape(-1) for column in by_object))
     blurred = sides.ambiguity > 0
     edges = np.quantile(sides.ambiguity[blurred], [0, 0.25, 0.5, 0.75, 1])
@@ -308,7 +308,7 @@ def main(
         out: picture to write; examples go beside it as -examples.png, numbers as .json.
 
     Raises:
-        InputError: this run cannot show it.
+        InputError: boxes without spread, data without ambiguities, or too few detections.
     """
     detector = load(run)
     split = open_split(detector.experiment.data, "val")
@@ -317,7 +317,7 @@ def main(
     blurred = sides.ambiguity > 0
     if not blurred.any() or blurred.all():
         missing = "sharp" if blurred.all() else "blurred"
-        raise InputError(f"no {missing} side among the {len(by_object.error)} objects detected")
+        raise InputError(f"no {missing} side among the {len(by_object.error)} detected objects")
     numbers = statistics(by_object)
     file = as_path(out)
     _plot(by_object, file)

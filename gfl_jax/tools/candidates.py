@@ -1,4 +1,4 @@
-"""What a trained detector predicts before NMS beside the objects that there are.
+"""What a trained detector predicts before NMS, and the objects that are really there.
 
 Shared by `consistency` and `ambiguity`.
 """
@@ -28,8 +28,8 @@ from gfl_jax.run import Run
 class Candidates(NamedTuple):
     """The best candidates of an image before NMS, by descending score.
 
-    Arrays on devices or the host, with a leading axis for the images of a batch; pixels are those
-    of the original image.
+    Arrays on devices or the host, those of a batch with a leading axis for its images; pixels are
+    those of the original image.
 
     Attributes:
         boxes: [n, 4], in pixels.
@@ -109,9 +109,9 @@ class Objects(NamedTuple):
     Attributes:
         boxes: [n, 4], in pixels.
         labels: [n].
-        ambiguity: [n, 4], of each side the standard deviation of the labels around `nominal`, in
-            pixels. NaN where the data set does not know it, and where another object hides a part:
-            that makes a side unclear, too, by an unknown amount.
+        ambiguity: [n, 4], the standard deviation of each side's label around `nominal`, in pixels.
+            NaN if the data set does not state it, or if another object hides a part: that also
+            makes a side unclear, by an unknown amount.
         nominal: [n, 4], in pixels.
     """
 
@@ -122,7 +122,7 @@ class Objects(NamedTuple):
 
 
 def objects_of(split: PreparedSplit) -> dict[int, Objects]:
-    """The objects of every image by its id, crowds left out."""
+    """The objects of every image by image id, without crowds."""
     label_of = {category_id: label for label, category_id in enumerate(split.category_ids)}
     rows: dict[int, list[Any]] = {image_id: [] for image_id in split.image_ids.tolist()}
     for annotation in ground_truth(split).dataset["annotations"]:
@@ -143,9 +143,9 @@ def objects_of(split: PreparedSplit) -> dict[int, Objects]:
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's: the correlation of the ranks, equal values sharing their mean rank.
+    """Spearman's rank correlation; equal values share their mean rank.
 
-    NaN for fewer than two values, and where all values of a or of b are equal.
+    NaN for fewer than two values, or if all values of a or of b are equal.
     """
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")

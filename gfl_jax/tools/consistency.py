@@ -1,4 +1,4 @@
-"""Figures 1 and 2 of the paper: does its score rank a detection by how well it is localized?
+"""Figures 1 and 2 of the paper: does the score rank detections by how well they are localized?
 
 gfl-jax consistency RUN... --out consistency.png
 """

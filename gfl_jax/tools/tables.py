@@ -1,11 +1,11 @@
-"""The paper's tables: trains every row, evaluates, and writes it beside the paper's numbers.
+"""The paper's tables: trains and evaluates each row, and writes it beside the paper's numbers.
 
     gfl-jax tables 1a --data COCO --seeds 3
     gfl-jax tables 1a --rows 'atss_*' --budget small
 
 The rows are those of configs/table_1a.py and so on. A row that occurs in several tables is trained
-once; finished runs are not repeated and interrupted ones are resumed. Writes TABLE.md, a plot
-TABLE.png and all numbers TABLE.json to --out.
+once; finished runs are not repeated and interrupted ones are resumed. Writes
+table_1a.md, a plot table_1a.png and all numbers table_1a.json, and so on, to --out.
 """
 
 import dataclasses
@@ -44,16 +44,16 @@ SMALL_STEPS, SMALL_BATCH, SMALL_PIXELS = 1500, 8, 128 * 128
 
 
 def small(experiment: Experiment, num_images: int) -> Experiment:
-    """The same choices as a laptop trains them in a few minutes.
+    """The same choices at a size that a laptop trains in a few minutes.
 
     A ResNet-18 of half width (SSD: VGG of a quarter) from random weights, pyramid and head 64 wide
     with two convolutions per tower, and as many steps of eight images as take the time of 1500 at
-    128 x 128 pixels. Towers have GroupNorm, also those of RetinaNet and FoveaBox: without one they
+    128 x 128 pixels. Towers have GroupNorm, even those of RetinaNet and FoveaBox: without it they
     learn nothing from random weights in this time.
 
     Args:
         experiment: a row with the data to use.
-        num_images: training images, which make an epoch.
+        num_images: training images per epoch.
     """
     width, height = experiment.data.scale
     steps = SMALL_STEPS * SMALL_PIXELS / (width * height)
@@ -78,7 +78,7 @@ def small(experiment: Experiment, num_images: int) -> Experiment:
 
 
 def _moved(source: Any, root: str) -> Any:
-    """The same source of data in another folder."""
+    """The same data source in another folder."""
     return dataclasses.replace(source, root=root)
 
 
@@ -107,8 +107,8 @@ def data_of(source: str, budget: str, own: Data) -> Data:
         data = dataclasses.replace(own, source=_moved(own.source, source))
     else:
         raise MissingFileError(
-            f"--data is {source!r}: give 'shapes', a folder that holds annotations/, train2017/ "
-            "and val2017/, or a config file whose data it is"
+            f"--data is {source!r}: give 'shapes', a prepared folder, one with annotations/, "
+            "train2017/ and val2017/, or a config file that names the data"
         )
     data = dataclasses.replace(
         data,
@@ -169,7 +169,7 @@ def train_row(experiment: Experiment, workdir: PathLike) -> dict[str, float]:
     """Trains and evaluates an experiment in `workdir`, resuming it if it was interrupted.
 
     Returns:
-        pycocotools' numbers of the last evaluation, and the minutes since this start. They are
+        pycocotools' numbers from the last evaluation, and the minutes since this start. They are
         stored in result.json: a finished experiment is not run again.
 
     Raises:
@@ -180,7 +180,7 @@ def train_row(experiment: Experiment, workdir: PathLike) -> dict[str, float]:
     if file.exists():
         stored = json.loads(file.read_text())
         if from_dict(Experiment, stored["experiment"]) != experiment:
-            raise InputError(f"{workdir} holds another experiment; name another --out")
+            raise InputError(f"{workdir} holds another experiment; choose another --out")
         return stored["metrics"]
     train_split = open_split(experiment.data, "train")
     val_split = open_split(experiment.data, "val")
@@ -225,7 +225,7 @@ def speeds(workdirs: list[PathLike], rounds: int = 5) -> list[float]:
 
 
 def markdown(rows: list[Row], results: list[list[dict[str, float]]], speed: list[float]) -> str:
-    """The table: mean and deviation over seeds of every row, in percent, beside the paper's."""
+    """The table: each row's mean and deviation over seeds, in percent, beside the paper's."""
     head = [
         "row",
         *COLUMNS,
@@ -308,7 +308,7 @@ def main(
     if not tables:
         raise UsageError(f"name at least one table: {', '.join(TABLES)}")
     if not data and budget == "full" and not only_list:
-        raise UsageError("the full budget needs --data FOLDER, COCO 2017; or choose --budget small")
+        raise UsageError("the full budget needs --data FOLDER (COCO 2017); or use --budget small")
     data, folder = data or "shapes", as_path(out)
     chosen: dict[str, dict[str, tuple[Row, str]]] = {}
     for table in tables:

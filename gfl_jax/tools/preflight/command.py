@@ -4,11 +4,11 @@
         [--per-device-batch 2 4 8] [--mapping shard_map] [--canvas 800 1344] [--out report.md]
         [--any.field VALUE]
 
-Compiles the whole train step and the predictions with the compiler that runs on the machines
-themselves (`pip install "gfl-jax[tpu-preflight]"`), and reads the result: the memory of a chip,
-what is sent between chips, and an estimate of the time of a step and of what it is spent on.
-Nothing is computed and no data is opened. A step of full size takes long to compile, gfl_r50's 6 to
-10 minutes on one core. Given several batches, a table says which one is best.
+Compiles the whole train step and the predictions with the compiler that real TPUs use
+(`pip install "gfl-jax[tpu-preflight]"`), and reports the memory of a chip, what is sent between
+chips, and an estimate of how long a step takes and where the time goes. Nothing is computed and no
+data is opened. A full-size step takes long to compile: gfl_r50's 6 to 10 minutes on one core. Given
+several batches, a table says which one is best.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> None:
 
     Raises:
         MissingFileError: there is no such config file.
-        InputError: an argument has no valid value.
+        InputError: an argument has an invalid value.
         SetupError: libtpu is not installed.
     """
     default = PreflightCommand(tyro.MISSING)

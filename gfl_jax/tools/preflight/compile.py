@@ -1,4 +1,4 @@
-"""Compiles the train step and the predictions for a slice, whole, and reads the result."""
+"""Compiles the whole train step and the predictions for a slice, and reads the result."""
 
 import contextlib
 import dataclasses
@@ -31,11 +31,10 @@ class Memory:
     Attributes:
         arguments: of the program.
         outputs: of the program.
-        aliased: outputs that take the place of arguments.
+        aliased: outputs that reuse the memory of arguments.
         temporaries: what the program needs while it runs.
         code: the program itself.
-        beside: what else stays there meanwhile: the rest of the training state while an evaluation
-            runs.
+        beside: what else stays in memory: the rest of the training state during an evaluation.
     """
 
     arguments: int
@@ -94,7 +93,7 @@ class Program:
     Attributes:
         job: what was compiled.
         compile_seconds: how long that took.
-        memory: what it takes of a chip's.
+        memory: what it needs of a chip's.
         flops: FLOP per chip and run.
         bytes_accessed: per chip and run by the compiler's count, the core's own memory included.
         collectives: what the chips send each other.
@@ -132,7 +131,7 @@ class Program:
 
 
 def needed_and_available(message: str) -> tuple[int, int] | None:
-    """Bytes needed and bytes available, from a compiler's out-of-memory message that has them."""
+    """Bytes needed and available by the compiler's out-of-memory message; None if it has none."""
 
     def size(number: str, unit: str) -> int:
         return int(float(number) * 1024 ** " KMGT".index(unit or " "))
@@ -177,10 +176,10 @@ def compile_job(
         job: what it is.
         mapped: the jitted function.
         arguments: shapes, dtypes and shardings.
-        beside: bytes that stay in a chip's memory beside the arguments.
+        beside: bytes that stay in a chip's memory besides the arguments.
 
     Raises:
-        jax.errors.JaxRuntimeError: the compiler failed for another reason than memory.
+        jax.errors.JaxRuntimeError: the compiler failed for a reason other than memory.
     """
     start = time.perf_counter()
     with _progress(f"compiling the {job}"):

@@ -79,7 +79,7 @@ def scope_of(op_name: str) -> str:
 
 
 def category(module: Module, computation: dict[str, Instruction], instruction: Instruction) -> str:
-    """The scope of an instruction; for one that the compiler made up, that of what it works on.
+    """The scope of an instruction; for one that the compiler added, that of what it works on.
 
     A fusion without a scope takes the most common one of its instructions, anything else that of
     the first operand that has one.
@@ -112,7 +112,7 @@ class Collective:
         size: bytes of all of them.
         chips: how many take part in each.
         seconds: 2 (n - 1) / n x size / the chip's ring bandwidth for an all-reduce between n chips,
-            half of it for the others.
+            half of that for the others.
     """
 
     kind: str
@@ -227,7 +227,7 @@ def breakdown(module: Module, chip: Chip) -> Breakdown:
             bound = "memory" if seconds == memory else "compute"
             name = f"{each.name} ({bound}, {scope}): {each.op_name.rpartition('/')[2]}"
             known[scope].append(Part(name, times, seconds, traffic))
-        elif sum(a.size for a in arrays_of(each.type)) > 8:  # no counters and other scalars
+        elif sum(a.size for a in arrays_of(each.type)) > 8:  # skip counters and other scalars
             inside = {
                 i.opcode
                 for c in each.computations("calls")

@@ -32,7 +32,7 @@ class Instruction(NamedTuple):
 
     @property
     def op_name(self) -> str:
-        """The path of the operation in the program, empty if the compiler made it up."""
+        """The path of the operation in the program; empty if the compiler added it."""
         return self._attribute(r'op_name="([^"]*)"')
 
     @property

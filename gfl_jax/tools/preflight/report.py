@@ -1,4 +1,4 @@
-"""What a compiled program says, in words, Markdown and JSON."""
+"""Reports on a compiled program, in words, Markdown and JSON."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence

@@ -25,7 +25,7 @@ class Chip:
         clock: cycles/s; with the size of the matrix units it makes up `bf16_flops`.
         ring_bandwidth: what a chip sends around a ring along one axis of the slice, over one link
             in each direction, bytes/s.
-        accelerator: what the cloud calls a slice, with {chips} or {cores}, two per chip.
+        accelerator: the cloud's name of a slice, with {chips}, or {cores}, two per chip.
         example: a topology.
         options: of libtpu; they make both cores of a chip one device.
     """
