@@ -1,4 +1,4 @@
-"""COCO evaluation: pycocotools judges, against the original annotation file."""
+"""COCO evaluation: pycocotools judges, against the annotations that preparing kept."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from gfl_jax.data.records import PreparedSplit
+from gfl_jax.data.records import FLAGGED, PreparedSplit
 
 METRICS = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
 """pycocotools' twelve numbers, in its order. -1 where there is nothing to measure."""
@@ -56,7 +56,8 @@ def _recorded(split: PreparedSplit) -> dict[str, Any]:
     table, ids = split.table, split.category_ids
     images = np.repeat(table.image_ids, np.diff(table.starts)).tolist()
     corners = table.boxes.tolist()
-    labels, crowds = table.labels.tolist(), table.crowd.tolist()
+    labels = table.labels.tolist()
+    crowds = (table.crowd | (table.rule == FLAGGED)).tolist()
     annotations = [
         {
             "id": number,

@@ -239,6 +239,39 @@ def test_without_a_json_the_records_are_the_truth(split, truth):
     assert found.per_class.keys() == expected.per_class.keys()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        lambda i: {"id": i},
+        lambda i: {"id": -i},
+        lambda i: {"iscrowd": None, "ignore": None, "area": None},
+        lambda i: {"iscrowd": False, "ignore": False},
+        lambda i: {"ignore": 0, "area": 1},
+    ],
+)
+def test_perfect_detections_have_ap_1_however_flags_and_ids_are_written(tmp_path, changes):
+    """pycocotools takes a match with id 0 for none, and None for no number."""
+    good = random_annotations()
+    written = [entry | changes(i) for i, entry in enumerate(good)]
+    split = opened(tmp_path, written)
+    assert split.num_boxes.sum() == len(good)
+    evaluation = evaluate(perfect(good), ground_truth(split), SIZES)
+    assert evaluation.metrics["AP"] == evaluation.metrics["AR100"] == pytest.approx(1)
+
+
+def test_objects_flagged_ignore_are_neither_demanded_nor_mistakes(tmp_path):
+    good = random_annotations()
+    ignored = [entry | {"ignore": True} if i % 3 == 0 else entry for i, entry in enumerate(good)]
+    split = opened(tmp_path, ignored)
+    truth = ground_truth(split)
+    trained_on = [entry for i, entry in enumerate(good) if i % 3]
+    assert split.num_boxes.sum() == len(trained_on)
+    for results in (perfect(trained_on), perfect(good)):
+        assert evaluate(results, truth, SIZES).metrics["AP"] == pytest.approx(1)
+    recorded = ground_truth(dataclasses.replace(split, annotations=None))
+    assert evaluate(perfect(trained_on), recorded, SIZES).metrics["AP"] == pytest.approx(1)
+
+
 # ---------------------------------------------------------------------------- on_error='skip'
 
 
@@ -257,7 +290,7 @@ def test_what_was_skipped_is_not_asked_for(tmp_path):
     truth = ground_truth(split)
     assert sorted(truth.getImgIds()) == [5, 8, 12, 30, 41]
     kept = [a for a in good if a["image_id"] not in (7, 9)]
-    assert sorted(truth.getAnnIds()) == [a["id"] for a in kept]
+    assert sorted(truth.getAnnIds()) == list(range(1, len(kept) + 1))
     evaluation = evaluate(perfect(kept), truth, split.image_ids.tolist())
     assert evaluation.metrics["AP"] == pytest.approx(1)
     assert evaluation.metrics["AR100"] == 1
@@ -267,6 +300,7 @@ FAULTS = {
     "no id": {"annotations": [{"image_id": 12, "category_id": 3, "bbox": [1.0, 1.0, 4.0, 5.0]}]},
     "no object": {"annotations": ["annotation"]},
     "taken id": {"annotations": [annotation(1, 12, 3, [1.0, 1.0, 4.0, 5.0])]},
+    "taken by a malformed one": {"annotations": [{"id": 900}]},
     "no category name": {"categories": [{"id": 2}]},
     "taken category id": {"categories": [{"id": 3, "name": "lion"}]},
     "no image object": {"images": ["image"]},

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from gfl_jax.data.records import FLAGGED, NO_AREA, RULES, THIN
 from gfl_jax.errors import InputError
 
 OnError = Literal["raise", "skip"]
@@ -30,13 +31,13 @@ class Object(NamedTuple):
         box: (x1, y1, x2, y2) in pixels; may stick out of the image.
         label: 0-based.
         crowd: a region of many objects, not ground truth for training.
-        ignore: not ground truth for training either.
+        rule: by which it is not ground truth for training either, an index of `RULES`; 0: none.
     """
 
     box: tuple[float, float, float, float]
     label: int
     crowd: bool
-    ignore: bool
+    rule: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +50,7 @@ class ImageEntry:
         size: (height, width) in pixels.
         stated: its entry in the json.
         objects: its kept annotations.
-        annotations: their entries in the json, without segmentation; missing area and iscrowd are
-            filled in.
+        annotations: their entries in the json, for the evaluation, see `_normalised`.
     """
 
     image_id: int
@@ -129,8 +129,7 @@ class DataReport:
         annotations_kept: number of annotations that are used: all but faulty ones and those of
             images left out.
         crowd: number of kept annotations that mark a crowd; not ground truth for training.
-        dropped_by_rule: number of other kept annotations that, as in the reference, are not ground
-            truth for training: flagged `ignore`, area <= 0, or less than 1 pixel wide or high.
+        dropped: number of other kept annotations that are not ground truth for training, by rule.
     """
 
     annotations_file: str
@@ -142,7 +141,7 @@ class DataReport:
     images_kept: int = 0
     annotations_kept: int = 0
     crowd: int = 0
-    dropped_by_rule: int = 0
+    dropped: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def conclude(self, kept: Sequence[ImageEntry], on_error: OnError) -> None:
         """Counts what is kept; raises DataError on any problem or, with skip, if nothing is."""
@@ -150,7 +149,8 @@ class DataReport:
         self.images_kept = len(kept)
         self.annotations_kept = len(objects)
         self.crowd = sum(entry.crowd for entry in objects)
-        self.dropped_by_rule = sum(entry.ignore and not entry.crowd for entry in objects)
+        rules = collections.Counter(entry.rule for entry in objects if not entry.crowd)
+        self.dropped = {rule: rules[i] for i, rule in enumerate(RULES) if i}
         if self.problems and on_error == "raise":
             raise DataError(
                 self.problems,
@@ -170,22 +170,22 @@ class DataReport:
             "annotations": self.annotations_found,
             "  left out, or of an image left out": self.annotations_found - self.annotations_kept,
             "  kept, not trained on: crowd": self.crowd,
-            "  kept, not trained on: by rule": self.dropped_by_rule,
+            **{f"  kept, not trained on: {rule}": count for rule, count in self.dropped.items()},
             **collections.Counter(f"problem: {problem.kind}" for problem in self.problems),
         }
-        lines = (f"  {row:<38}{number:>9,}" for row, number in rows.items())
+        lines = (f"  {row:<52}{number:>9,}" for row, number in rows.items())
         return "\n".join([self.annotations_file, *lines])
 
 
 def check(
-    content: dict[str, Any], file: Path, images: Path, on_error: OnError
+    content: dict[str, Any], file: Path, images: Path | None, on_error: OnError
 ) -> tuple[list[ImageEntry], DataReport]:
     """Checks a whole COCO json; image files must exist, but are not read.
 
     Args:
         content: the json's, from `read_json`.
         file: the json, for messages.
-        images: the folder that its file names are relative to.
+        images: the folder that its file names are relative to; None: not looked up.
         on_error: "raise" stops at any problem; "skip" leaves faulty entries out.
 
     Returns:
@@ -194,7 +194,7 @@ def check(
     Raises:
         DataError: there are problems, with "raise"; or nothing is left.
     """
-    if not images.is_dir():
+    if images and not images.is_dir():
         raise data_error("missing image folder", images, "no such folder")
     listed = {
         entry["id"]: str(entry.get("file_name", file))
@@ -230,7 +230,7 @@ def check(
     entries = {}
     for image_id, image in sorted(by_id("images").items()):
         name = image["file_name"]
-        if not (images / name).is_file():
+        if images and not (images / name).is_file():
             report("missing image file", "no such file in the image folder", image_id)
             continue
         entries[image_id] = ImageEntry(image_id, name, (image["height"], image["width"]), image)
@@ -248,8 +248,7 @@ def check(
         for kind, detail in faults:
             report(kind, detail, image_id, annotation_id)
         if entry and label is not None and not faults:
-            w, h = annotation["bbox"][2:]
-            annotation = {"area": w * h, "iscrowd": 0} | annotation
+            annotation = _normalised(annotation)
             entry.annotations.append(annotation)
             entry.objects.append(_object(annotation, label))
 
@@ -307,8 +306,11 @@ def _fault(entry: Any, fields: dict[str, Any]) -> str | None:
             return f"'{name}' does not fit in 64 bits"
         if name in ("height", "width") and not 0 < value < 2**31:
             return f"'{name}' is not a valid size"
-    if not _is_number(entry.get("area", 0)):
+    if entry.get("area") is not None and not _is_number(entry["area"]):
         return "'area' is not a finite number"
+    for name in ("iscrowd", "ignore"):
+        if entry.get(name) not in (None, False, True):
+            return f"'{name}' is {entry[name]!r}, neither 0 nor 1"
     return None
 
 
@@ -329,9 +331,38 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
 
 
+def _normalised(annotation: dict[str, Any]) -> dict[str, Any]:
+    """Returns an annotation without fault; what was left out is filled in, flags are 0 or 1."""
+    w, h = annotation["bbox"][2:]
+    area = w * h if annotation.get("area") is None else annotation["area"]
+    flags = {name: int(annotation.get(name) or 0) for name in ("iscrowd", "ignore")}
+    return annotation | {"area": area} | flags
+
+
 def _object(annotation: dict[str, Any], label: int) -> Object:
-    """Returns the object of a valid annotation."""
+    """Returns the object of a normalised annotation."""
     x, y, w, h = annotation["bbox"]
-    small = annotation["area"] <= 0 or w < 1 or h < 1
-    crowd, ignore = bool(annotation["iscrowd"]), bool(annotation.get("ignore")) or small
-    return Object((x, y, x + w, y + h), label, crowd, ignore)
+    rules = {FLAGGED: annotation["ignore"], THIN: w < 1 or h < 1, NO_AREA: annotation["area"] <= 0}
+    rule = next((rule for rule, holds in rules.items() if holds), 0)
+    return Object((x, y, x + w, y + h), label, bool(annotation["iscrowd"]), rule)
+
+
+def for_evaluation(entries: Sequence[ImageEntry], categories: dict[int, str]) -> dict[str, Any]:
+    """The COCO json by which these images are judged.
+
+    Args:
+        entries: the images.
+        categories: name of each category by its id.
+
+    Returns:
+        The json. Its annotations are numbered from 1, since pycocotools takes a match with 0 for
+        none; those flagged `ignore` are crowds in it, which alone it does not demand.
+    """
+    annotations = [
+        a | {"iscrowd": a["iscrowd"] | a["ignore"]} for e in entries for a in e.annotations
+    ]
+    return {
+        "images": [entry.stated for entry in entries],
+        "annotations": [a | {"id": number} for number, a in enumerate(annotations, start=1)],
+        "categories": [{"id": i, "name": name} for i, name in categories.items()],
+    }

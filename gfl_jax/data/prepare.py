@@ -30,6 +30,7 @@ from gfl_jax.data.coco_format import (
     Problem,
     check,
     data_error,
+    for_evaluation,
     read_json,
 )
 from gfl_jax.data.folders import local_folder, locked, new_folder
@@ -205,7 +206,7 @@ def make_table(
     image_ids: Sequence[int],
     filenames: Sequence[str],
     sizes: Sequence[tuple[int, int]],
-    objects: Sequence[Sequence[tuple[Sequence[float], int, bool, bool]]],
+    objects: Sequence[Sequence[tuple[Sequence[float], int, bool, int]]],
 ) -> Table:
     """Builds a table.
 
@@ -213,10 +214,10 @@ def make_table(
         image_ids: of N images.
         filenames: of N images.
         sizes: (height, width) of N images, in pixels.
-        objects: of each image ((x1, y1, x2, y2) in pixels, label, crowd, ignore).
+        objects: of each image ((x1, y1, x2, y2) in pixels, label, crowd, rule).
     """
     flat = [entry for entries in objects for entry in entries]
-    boxes, labels, crowd, ignore = zip(*flat, strict=True) if flat else ((), (), (), ())
+    boxes, labels, crowd, rule = zip(*flat, strict=True) if flat else ((), (), (), ())
     return Table(
         np.array(image_ids, np.int64),
         np.array([name.encode() for name in filenames], np.bytes_),
@@ -225,7 +226,7 @@ def make_table(
         np.array(boxes, np.float64).reshape(-1, 4).astype(np.float32),
         np.array(labels, np.int32),
         np.array(crowd, bool),
-        np.array(ignore, bool),
+        np.array(rule, np.uint8),
     )
 
 
@@ -308,13 +309,7 @@ def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> 
     )
     save_table(epath.Path(folder / split / "table.npz"), table)
     categories = {"category_ids": report.category_ids, "category_names": report.category_names}
-    annotations = {
-        "images": [entry.stated for entry in kept],
-        "annotations": [annotation for entry in kept for annotation in entry.annotations],
-        "categories": [
-            {"id": i, "name": name} for i, name in zip(*categories.values(), strict=True)
-        ],
-    }
+    annotations = for_evaluation(kept, dict(zip(*categories.values(), strict=True)))
     (folder / split / "annotations.json").write_text(json.dumps(annotations))
     (folder / split / "report.json").write_text(json.dumps(_relocatable(report), indent=1))
     files = [*shards, *(f"{split}/{name}" for name in ("table.npz", "annotations.json"))]

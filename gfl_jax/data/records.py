@@ -26,8 +26,12 @@ from etils import epath
 from gfl_jax.errors import InputError, MissingFileError
 from gfl_jax.paths import PathLike, as_path
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+
+RULES = ("", "flagged `ignore`", "area 0", "under 1 pixel wide or high")
+"""Why an object is, as in the reference, not ground truth for training; the first: it is."""
+FLAGGED, NO_AREA, THIN = 1, 2, 3
 
 
 class Table(NamedTuple):
@@ -41,7 +45,7 @@ class Table(NamedTuple):
         boxes: float32 [M, 4], (x1, y1, x2, y2) in pixels; may stick out of the image.
         labels: int32 [M], 0-based.
         crowd: bool [M], a region of many objects, not ground truth for training.
-        ignore: bool [M], not ground truth for training either.
+        rule: uint8 [M], why it is not ground truth for training either, index of `RULES`.
     """
 
     image_ids: np.ndarray
@@ -51,7 +55,7 @@ class Table(NamedTuple):
     boxes: np.ndarray
     labels: np.ndarray
     crowd: np.ndarray
-    ignore: np.ndarray
+    rule: np.ndarray
 
 
 def load_table(file: epath.Path) -> Table:
@@ -127,7 +131,7 @@ class RecordSource:
             "boxes": table.boxes[objects],
             "labels": table.labels[objects],
             "crowd": table.crowd[objects],
-            "ignore": table.ignore[objects],
+            "ignore": table.rule[objects] > 0,
         }
 
 
@@ -163,7 +167,7 @@ class PreparedSplit:
     def num_boxes(self) -> np.ndarray:
         """How many objects of each image are trained on: no crowds, none ignored; int64 [N]."""
         images = np.repeat(np.arange(len(self.table.image_ids)), np.diff(self.table.starts))
-        trained = ~(self.table.crowd | self.table.ignore)
+        trained = ~self.table.crowd & (self.table.rule == 0)
         return np.bincount(images[trained], minlength=len(self.table.image_ids))
 
 
@@ -225,7 +229,7 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise InputError(
             f"{folder / MANIFEST} has format {manifest.get('format')}, but this gfl_jax reads "
-            f"{FORMAT}: update gfl_jax, or prepare the data set again"
+            f"{FORMAT}: prepare the data set again, or use the version that prepared it"
         )
     return manifest
 

@@ -14,10 +14,10 @@ from etils import epath
 from tqdm import tqdm
 
 from gfl_jax.data import images
-from gfl_jax.data.coco_format import data_error, read_json
+from gfl_jax.data.coco_format import check, data_error, for_evaluation, read_json
 from gfl_jax.data.folders import local_folder, locked, new_folder
 from gfl_jax.data.prepare import make_table, save_table
-from gfl_jax.data.records import FORMAT, PreparedSplit, RecordSource, load_table
+from gfl_jax.data.records import FLAGGED, FORMAT, THIN, PreparedSplit, RecordSource, load_table
 
 # The category ids of COCO's 80 classes.
 _COCO_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
@@ -138,43 +138,37 @@ def _write(folder: epath.Path, encoded: TfdsImages, annotations: Path | None) ->
     Raises:
         DataError: the json belongs to another data set.
     """
-    label = encoded.info.features["objects"]["label"]
-    stated: dict[int, tuple[int, int]] = {}
-    content: dict[str, Any] = {}
-    category_ids = _COCO_IDS
+    names = encoded.info.features["objects"]["label"].names
+    category_ids, entries = _COCO_IDS, None
     if annotations:
-        content, _ = read_json(annotations)
-        stated = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
-        category_ids = sorted(category["id"] for category in content["categories"])
-    if len(category_ids) != label.num_classes:
-        detail = f"{label.num_classes} classes, but the annotations have {len(category_ids)}"
+        checked, report = check(read_json(annotations)[0], annotations, None, "skip")
+        if report.problems:
+            print(report.summary())
+        category_ids, entries = report.category_ids, {entry.image_id: entry for entry in checked}
+    if len(category_ids) != len(names) or (annotations and report.category_names != names):
+        stated = report.category_names if annotations else f"{len(category_ids)} classes"
+        detail = f"{names}, but the annotations have {stated}"
         raise data_error("other classes", annotations or encoded.info.full_name, detail)
     image_ids, filenames, sizes, objects = [], [], [], []
     examples = tqdm(encoded.examples, desc=f"reading {encoded.info.full_name}", unit=" images")
     for example in examples:
         image_id, file = int(example["image/id"]), example["image/filename"].decode()
-        if annotations and image_id not in stated:
-            raise data_error("absent image", annotations, f"it lists no image {image_id} ({file})")
-        size = stated.get(image_id) or images.image_size(example["image"], file)
+        if entries is None:
+            sizes.append(images.image_size(example["image"], file))
+            objects.append(_objects(example["objects"], sizes[-1]))
+        elif image_id in entries:
+            sizes.append(entries[image_id].size)
+            objects.append(entries[image_id].objects)
+        else:
+            detail = f"it lists no image {image_id} ({file})"
+            raise data_error("absent image", annotations or file, detail)
         image_ids.append(image_id)
         filenames.append(file)
-        sizes.append(size)
-        objects.append(_objects(example["objects"], size))
     save_table(folder / "table.npz", make_table(image_ids, filenames, sizes, objects))
     (folder / "category_ids.json").write_text(json.dumps(category_ids))
-    if annotations:
-        there = set(image_ids)
-        kept = {
-            "images": [image for image in content["images"] if image["id"] in there],
-            "annotations": [
-                {"area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0} | entry
-                for entry in content["annotations"]
-                if entry["image_id"] in there
-            ],
-            "categories": [
-                {"id": i, "name": name} for i, name in zip(category_ids, label.names, strict=True)
-            ],
-        }
+    if entries is not None:
+        categories = dict(zip(category_ids, names, strict=True))
+        kept = for_evaluation([entries[image_id] for image_id in image_ids], categories)
         (folder / "annotations.json").write_text(json.dumps(kept))
 
 
@@ -186,8 +180,9 @@ def _objects(objects: dict[str, np.ndarray], size: tuple[int, int]) -> Sequence[
     yxyx = np.reshape(objects["bbox"], (-1, 4)) * np.array([*size, *size], np.float64)
     # tfds data sets lack `ignore`, and their integer areas cannot tell 0 from 0.9. COCO's boxes
     # have two decimals; float32 fractions shift a width of 1 by less than 1e-3.
-    small = (yxyx[:, 2:] - yxyx[:, :2] < 1 - 1e-3).any(axis=1)
+    thin = (yxyx[:, 2:] - yxyx[:, :2] < 1 - 1e-3).any(axis=1)
     boxes, labels = yxyx[:, [1, 0, 3, 2]], np.asarray(objects["label"])
     crowd = np.asarray(objects["is_crowd"])
-    ignore = np.asarray(objects.get("ignore", small))
-    return list(zip(boxes, labels, crowd, ignore, strict=True))
+    flagged = np.asarray(objects.get("ignore", np.zeros_like(thin)))
+    rule = np.where(flagged, FLAGGED, np.where(thin, THIN, 0))
+    return list(zip(boxes, labels, crowd, rule, strict=True))

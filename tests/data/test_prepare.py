@@ -86,12 +86,14 @@ def test_prepared_images_and_boxes_are_those_of_the_json(tmp_path):
     assert split.num_boxes.tolist() == [1, 1, 0, 0]
     assert split.category_ids == [3, 7]
     assert split.category_names == ["cat", "dog"]
-    written = {
-        entry["id"]: entry for entry in json.loads(split.annotations.read_text())["annotations"]
-    }
-    assert written.keys() == {2, 5, 6, 7, 8, 9}
-    for entry in annotations:
-        assert written[entry["id"]] == {k: v for k, v in entry.items() if k != "segmentation"}
+    written = json.loads(split.annotations.read_text())["annotations"]
+    assert [entry["id"] for entry in written] == [1, 2, 3, 4, 5, 6]
+    for entry, stated in zip(written, annotations, strict=True):
+        assert {k: entry[k] for k in ("image_id", "category_id", "bbox", "area")} == {
+            k: stated[k] for k in ("image_id", "category_id", "bbox", "area")
+        }
+    # What is flagged `ignore` is not demanded; what is small is, as COCO does it.
+    assert [entry["iscrowd"] for entry in written] == [0, 1, 1, 0, 0, 0]
 
     first = split.source[0]
     assert first["image"] == (tmp_path / "images" / "1.jpg").read_bytes()
@@ -112,9 +114,11 @@ def test_prepared_images_and_boxes_are_those_of_the_json(tmp_path):
 
     report = report_of(split)
     assert (report["annotations_found"], report["annotations_kept"]) == (6, 6)
-    assert (report["crowd"], report["dropped_by_rule"]) == (1, 3)
+    assert report["crowd"] == 1
+    dropped = {"flagged `ignore`": 1, "area 0": 1, "under 1 pixel wide or high": 1}
+    assert report["dropped"] == dropped
     printed = preparing.report_of(split.annotations.parents[1], "val")
-    assert any(line.split()[-3:] == ["by", "rule", "3"] for line in printed.splitlines())
+    assert all(f"{rule}" in printed for rule in dropped)
 
 
 NAN, INF = float("nan"), float("inf")
@@ -133,6 +137,8 @@ BAD_ANNOTATIONS = {
         annotation(area=NAN),
         annotation(bbox="box"),
         annotation(category_id="cat"),
+        *(annotation(iscrowd=flag) for flag in ("0", "false", 2, [], -1, 0.5)),
+        annotation(ignore="no"),
         *({k: v for k, v in annotation().items() if k != key} for key in ("bbox", "category_id")),
     ],
 }
