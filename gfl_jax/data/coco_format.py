@@ -28,10 +28,10 @@ class Object(NamedTuple):
     """An object of an image.
 
     Attributes:
-        box: (x1, y1, x2, y2) in pixels; may stick out of the image.
+        box: (x1, y1, x2, y2) in pixels; may extend beyond the image.
         label: 0-based.
         crowd: a region of many objects, not ground truth for training.
-        rule: by which it is not ground truth for training either, an index of `RULES`; 0: none.
+        rule: why it is not ground truth for training either, an index of `RULES`; 0: it is.
     """
 
     box: tuple[float, float, float, float]
@@ -332,7 +332,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _normalised(annotation: dict[str, Any]) -> dict[str, Any]:
-    """Returns an annotation without fault; what was left out is filled in, flags are 0 or 1."""
+    """Returns a valid annotation with missing fields filled in and flags of 0 or 1."""
     w, h = annotation["bbox"][2:]
     area = w * h if annotation.get("area") is None else annotation["area"]
     flags = {name: int(annotation.get(name) or 0) for name in ("iscrowd", "ignore")}
@@ -348,7 +348,7 @@ def _object(annotation: dict[str, Any], label: int) -> Object:
 
 
 def for_evaluation(entries: Sequence[ImageEntry], categories: dict[int, str]) -> dict[str, Any]:
-    """The COCO json by which these images are judged.
+    """The COCO json that these images are evaluated against.
 
     Args:
         entries: the images.
@@ -356,7 +356,7 @@ def for_evaluation(entries: Sequence[ImageEntry], categories: dict[int, str]) ->
 
     Returns:
         The json. Its annotations are numbered from 1, since pycocotools takes a match with 0 for
-        none; those flagged `ignore` are crowds in it, which alone it does not demand.
+        none. Those flagged `ignore` become crowds, the only ones that it does not count as missed.
     """
     annotations = [
         a | {"iscrowd": a["iscrowd"] | a["ignore"]} for e in entries for a in e.annotations

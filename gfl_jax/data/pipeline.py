@@ -101,7 +101,7 @@ def load_batch(
 
 
 def max_boxes_of(split: PreparedSplit) -> int:
-    """The number of objects each image is padded to: the most in any, rounded up to eights."""
+    """The number of objects each image is padded to: the most in any, up to a multiple of 8."""
     return int(-(-max(split.num_boxes.max(), 1) // 8) * 8)
 
 

@@ -30,7 +30,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 
 RULES = ("", "flagged `ignore`", "area 0", "under 1 pixel wide or high")
-"""Why an object is, as in the reference, not ground truth for training; the first: it is."""
+"""Why an object is not ground truth for training, as in the reference; the first: it is."""
 FLAGGED, NO_AREA, THIN = 1, 2, 3
 
 
@@ -42,10 +42,10 @@ class Table(NamedTuple):
         filenames: bytes [N], UTF-8, as in the annotations.
         sizes: int32 [N, 2], (height, width) in pixels.
         starts: int64 [N + 1]; image i has the objects starts[i] to starts[i + 1] - 1.
-        boxes: float32 [M, 4], (x1, y1, x2, y2) in pixels; may stick out of the image.
+        boxes: float32 [M, 4], (x1, y1, x2, y2) in pixels; may extend beyond the image.
         labels: int32 [M], 0-based.
         crowd: bool [M], a region of many objects, not ground truth for training.
-        rule: uint8 [M], why it is not ground truth for training either, index of `RULES`.
+        rule: uint8 [M], why it is not ground truth for training either, index into `RULES`.
     """
 
     image_ids: np.ndarray
@@ -101,7 +101,7 @@ class RecordSource:
             image: the bytes of the image file.
             image_id, filename: as in the annotations.
             height, width: of the image, in pixels.
-            boxes: float32 [n, 4], (x1, y1, x2, y2) in pixels; may stick out of the image.
+            boxes: float32 [n, 4], (x1, y1, x2, y2) in pixels; may extend beyond the image.
             labels: int32 [n], 0-based.
             crowd: bool [n], a region of many objects, not ground truth for training.
             ignore: bool [n], not ground truth for training either.

@@ -143,7 +143,7 @@ def photometric(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if contrast_first:
         pixels *= np.float32(contrast)
     if saturation != 1 or hue != 0:
-        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # in degrees, a fraction, as the pixels
+        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # degrees, [0, 1], as the pixels
         hsv *= np.array([1, saturation, 1], np.float32)
         hsv[..., 0] = (hsv[..., 0] + np.float32(hue)) % 360
         pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)

@@ -162,7 +162,7 @@ def model_config(config):
         train["smoothl1_beta"] = detector["box_loss"]["beta"]
         negatives = detector["classification"]["negatives"]
         if negatives != int(negatives):
-            raise ValueError(f"mmdetection's SSDHead takes integers as negatives, not {negatives}")
+            raise ValueError(f"mmdetection's SSDHead takes only integer negatives, not {negatives}")
         train["neg_pos_ratio"] = int(negatives)
     layers = _ssd_layers(model) if head == "SSDHead" else _pyramid_layers(model)
     layers["bbox_head"] |= dict(type=head, num_classes=config["num_classes"], **_choices(config))

@@ -1,7 +1,7 @@
 """GFL in plain PyTorch, written from the specification: the reference if mmdet is not installed.
 
 `python torch_gfl.py JOB.npz OUT.npz`, see gfl_jax/interop/crosscheck.py. Nothing here is shared
-with the package: this loops where that masks, and gathers where that does not.
+with the package: it loops where the package masks, and gathers where the package does not.
 """
 
 import json

@@ -129,7 +129,7 @@ class Checkpoints:
 
         Raises:
             MissingFileError: there is no complete checkpoint.
-            InputError: a stored item does not match `like`: the model or optimiser is another.
+            InputError: a stored item does not match `like`: another model or optimiser made it.
         """
         self._must_have_items(like)
         abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), dict(like))

@@ -101,7 +101,7 @@ class MetricsLog:
 
 
 def _summary_writer(workdir: Any, start: int) -> Any:
-    """A writer of TensorBoard events from step `start`; None, and a message why, without one."""
+    """A TensorBoard writer from step `start`, or None after printing why there is none."""
     try:
         with needs("tensorboard"):
             from tensorboardX import SummaryWriter

@@ -43,8 +43,8 @@ class Train:
             their place; 0: no average.
         mapping: how the step is mapped over devices; 'auto': pmap in one process, shard_map in
             several.
-        accumulate: parts into which a device splits its images to save memory; more than one cost
-            a second forward pass. The step is still that of the whole batch.
+        accumulate: parts into which a device splits its images to save memory; more than 1 costs a
+            second forward pass. The step is still that of the whole batch.
         eval_batch: images per device and batch in evaluation. It does not depend on the number of
             devices, and so neither do the results.
         eval_every: epochs between evaluations; 0: only after the last.
