@@ -1,11 +1,12 @@
 """COCO evaluation: pycocotools judges, against the annotations that preparing kept."""
 
+import collections
 import contextlib
 import dataclasses
 import io
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -17,26 +18,49 @@ METRICS = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "A
 """pycocotools' twelve numbers, in its order. -1 where there is nothing to measure."""
 
 
+_COUNTED = 100
+"""Detections of a class in an image that COCO's AP counts."""
+
+
+class ClassAP(NamedTuple):
+    """The AP and AP50 of a class, -1 if it has no box."""
+
+    name: str
+    ap: float
+    ap50: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """metrics: by the names of METRICS.  per_class: name to AP and AP50, -1 if it has no box."""
+    """What pycocotools says of some detections.
+
+    Attributes:
+        metrics: by the names of METRICS.
+        per_class: by category id, in the order of the class labels.
+        note: a line on images with more objects than COCO counts; empty: there is none.
+    """
 
     metrics: dict[str, float]
-    per_class: dict[str, tuple[float, float]]
+    per_class: dict[int, ClassAP]
+    note: str = ""
 
     def __str__(self) -> str:
         rows = [f"{name:>6} {value:.3f}" for name, value in self.metrics.items()]
         lines = ["  ".join(rows[start : start + 6]) for start in (0, 6)]
-        return "\n".join(lines)
+        return "\n".join([*lines, self.note]).rstrip()
 
     def class_table(self) -> str:
         """One line a class, by descending AP; classes without boxes last."""
-        width = max(len(name) for name in self.per_class)
-        ranked = sorted(self.per_class.items(), key=lambda item: -item[1][0])
+        times = collections.Counter(entry.name for entry in self.per_class.values())
+        names = {
+            i: entry.name + (f" (id {i})" if times[entry.name] > 1 else "")
+            for i, entry in self.per_class.items()
+        }
+        width = max(map(len, names.values()))
         lines = [f"{'class':<{width}}     AP   AP50"]
-        for name, values in ranked:
-            cells = (f"{value:6.3f}" if value >= 0 else "     -" for value in values)
-            lines.append(f"{name:<{width}} {' '.join(cells)}")
+        for i, entry in sorted(self.per_class.items(), key=lambda item: -item[1].ap):
+            cells = (f"{value:6.3f}" if value >= 0 else "     -" for value in entry[1:])
+            lines.append(f"{names[i]:<{width}} {' '.join(cells)}")
         return "\n".join(lines)
 
 
@@ -79,8 +103,22 @@ def _recorded(split: PreparedSplit) -> dict[str, Any]:
     }
 
 
-def evaluate(results: list[dict[str, Any]], truth: COCO, image_ids: Iterable[int]) -> Evaluation:
-    """Pycocotools' bbox evaluation of COCO results on these images."""
+def evaluate(
+    results: list[dict[str, Any]],
+    truth: COCO,
+    image_ids: Iterable[int],
+    max_per_image: int = _COUNTED,
+) -> Evaluation:
+    """Pycocotools' bbox evaluation.
+
+    Args:
+        results: detections as COCO results.
+        truth: what to judge them by.
+        image_ids: the images that count.
+        max_per_image: detections that each may have.
+    """
+    image_ids = sorted(image_ids)
+    most, image_id, category = _fullest(truth, image_ids)
     with contextlib.redirect_stdout(io.StringIO()):
         # Copies, since pycocotools adds fields.
         detections = truth.loadRes([dict(result) for result in results]) if results else COCO()
@@ -88,7 +126,9 @@ def evaluate(results: list[dict[str, Any]], truth: COCO, image_ids: Iterable[int
             detections.dataset = {**truth.dataset, "annotations": []}
             detections.createIndex()
         judge = COCOeval(truth, detections, "bbox")
-        judge.params.imgIds = sorted(image_ids)
+        judge.params.imgIds = image_ids
+        if most > _COUNTED and max_per_image > _COUNTED:
+            judge.params.maxDets = [*judge.params.maxDets, max_per_image]
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
@@ -100,7 +140,30 @@ def evaluate(results: list[dict[str, Any]], truth: COCO, image_ids: Iterable[int
         return float(known.mean()) if known.size else -1.0
 
     per_class = {
-        names[category]: (average(precision[:, :, k, 0, -1]), average(precision[0, :, k, 0, -1]))
-        for k, category in enumerate(judge.params.catIds)
+        i: ClassAP(names[i], average(precision[:, :, k, 0, 2]), average(precision[0, :, k, 0, 2]))
+        for k, i in enumerate(judge.params.catIds)
     }
-    return Evaluation(dict(zip(METRICS, map(float, judge.stats), strict=True)), per_class)
+    note = ""
+    if most > _COUNTED:
+        note = (
+            f"COCO's AP counts {_COUNTED} detections of a class in an image, but image {image_id} "
+            f"has {most} of {names[category]!r}"
+        )
+        if max_per_image > _COUNTED:
+            ap = average(precision[:, :, :, 0, -1])
+            note += f": with detector.inference.max_per_image {max_per_image} AP is {ap:.3f}"
+        else:
+            note += "; detector.inference.max_per_image above it shows AP without that limit"
+    return Evaluation(dict(zip(METRICS, map(float, judge.stats), strict=True)), per_class, note)
+
+
+def _fullest(truth: COCO, image_ids: list[int]) -> tuple[int, int, int]:
+    """The most objects of one class in one of these images; its id and that of the category."""
+    known = set(image_ids)
+    counts = collections.Counter(
+        (entry["image_id"], entry["category_id"])
+        for entry in truth.dataset["annotations"]
+        if not entry["iscrowd"] and entry["image_id"] in known
+    )
+    (image_id, category), most = max(counts.items(), key=lambda item: item[1], default=((0, 0), 0))
+    return most, image_id, category

@@ -13,9 +13,9 @@ import tyro
 
 from gfl_jax.cli import parse_command, positional
 from gfl_jax.config import Experiment
+from gfl_jax.data.classes import class_error
 from gfl_jax.data.sources import open_split
 from gfl_jax.distributed import parallel
-from gfl_jax.errors import InputError
 from gfl_jax.hosts import Hosts, is_first, join
 from gfl_jax.models.network import Network
 from gfl_jax.paths import as_path, write
@@ -65,9 +65,9 @@ def main(arguments: list[str]) -> None:
     # ------------------------------------------------------------------ data
     split = open_split(experiment.data, "val")
     if split.category_names != run.category_names:
-        raise InputError(
-            f"the checkpoint knows {run.category_names}, the data has {split.category_names}"
-        )
+        ours = list(zip(run.category_ids, run.category_names, strict=True))
+        theirs = list(zip(split.category_ids, split.category_names, strict=True))
+        raise class_error("the checkpoint", ours, "the data", theirs)
 
     # ------------------------------------------------------------------ model
     network = run.network

@@ -56,6 +56,7 @@ NOT_OPENED = {
     "gfl_jax.cli": "config files, flags, error messages of the command line",
     "gfl_jax.errors": "the class of errors that a user can fix",
     "gfl_jax.paths": "files local or in a bucket",
+    "gfl_jax.data.classes": "the error of classes that differ",
     "gfl_jax.data.coco_format": "preparing: what an annotation file says and whether it is right",
     "gfl_jax.data.folders": "preparing: folders that are complete or absent, locks",
     "gfl_jax.data.prepare": "preparing: written once, read by gfl_jax.data.records",

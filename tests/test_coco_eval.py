@@ -18,7 +18,7 @@ from gfl_jax.config import Data
 from gfl_jax.data.pipeline import batches
 from gfl_jax.data.plan import eval_plan
 from gfl_jax.data.prepare import RawSplit
-from gfl_jax.detectors.inference import Detections
+from gfl_jax.detectors.inference import Detections, Inference
 from gfl_jax.distributed import SHARDED, Pmap, ShardMap
 from gfl_jax.training import evaluator
 from gfl_jax.training.evaluator import predict_all
@@ -134,7 +134,8 @@ def test_perfect_detections_have_ap_1(truth):
     assert tuple(evaluation.metrics) == METRICS
     for name in ("AP", "AP50", "AP75", "AR100"):
         assert evaluation.metrics[name] == pytest.approx(1.0)
-    assert evaluation.per_class["cat"] == evaluation.per_class["dog"] == (1.0, 1.0)
+    assert evaluation.per_class[3] == ("cat", 1, 1)
+    assert evaluation.per_class[7] == ("dog", 1, 1)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -146,7 +147,8 @@ def test_numbers_are_those_of_pycocotools_called_directly(split, truth, seed):
     assert list(evaluation.metrics.values()) == pytest.approx(expected.tolist())
     for category_id, name in NAMES.items():
         stats = judged_by_pycocotools(split.annotations, results, SIZES, [category_id])
-        assert evaluation.per_class[name] == pytest.approx((stats[0], stats[1]))
+        assert evaluation.per_class[category_id][1:] == pytest.approx((stats[0], stats[1]))
+        assert evaluation.per_class[category_id].name == name
 
 
 def test_only_the_images_asked_for_count(split, truth):
@@ -173,15 +175,15 @@ def test_average_precision_worked_out_by_hand(tmp_path):
     assert evaluation.metrics["AR1"] == pytest.approx(0.5)
     assert evaluation.metrics["AR10"] == evaluation.metrics["AR100"] == 1.0
     assert evaluation.metrics["APL"] == -1  # no large object
-    assert evaluation.per_class["cat"] == pytest.approx((expected, expected))
-    assert evaluation.per_class["dog"] == evaluation.per_class["bird"] == (-1.0, -1.0)
+    assert evaluation.per_class[3][1:] == pytest.approx((expected, expected))
+    assert evaluation.per_class[7][1:] == evaluation.per_class[90][1:] == (-1.0, -1.0)
 
 
 def test_no_detections_are_no_error(truth):
     evaluation = evaluate([], truth, SIZES)
     for name in ("AP", "AP50", "AP75", "AR1", "AR10", "AR100"):
         assert evaluation.metrics[name] == 0
-    assert evaluation.per_class == {"cat": (0, 0), "dog": (0, 0), "bird": (-1, -1)}
+    assert evaluation.per_class == {3: ("cat", 0, 0), 7: ("dog", 0, 0), 90: ("bird", -1, -1)}
 
 
 def test_evaluating_twice_gives_the_same(truth):
@@ -272,6 +274,36 @@ def test_objects_flagged_ignore_are_neither_demanded_nor_mistakes(tmp_path):
     assert evaluate(perfect(trained_on), recorded, SIZES).metrics["AP"] == pytest.approx(1)
 
 
+def test_two_classes_of_one_name_have_a_line_each(tmp_path):
+    """Some exporters write a root category without boxes that is called like a real one."""
+    categories = [{"id": 0, "name": "cat"}, {"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+    good = random_annotations()
+    split = opened(tmp_path, good, categories=categories)
+    evaluation = evaluate(perfect(good), ground_truth(split), SIZES)
+    table = [line.split() for line in evaluation.class_table().splitlines()]
+    assert ["cat", "(id", "3)", "1.000", "1.000"] in table
+    assert ["cat", "(id", "0)", "-", "-"] in table
+    assert ["dog", "1.000", "1.000"] in table
+
+
+@pytest.mark.parametrize(("objects", "limit"), [(120, 300), (120, 100), (100, 300)])
+def test_more_objects_of_a_class_than_coco_counts_are_reported(tmp_path, objects, limit):
+    corners = [(3.0 * (i % 20), 7.0 * (i // 20)) for i in range(objects)]
+    dense = [annotation(i + 1, 12, 3, [*corner, 3.0, 7.0]) for i, corner in enumerate(corners)]
+    truth = ground_truth(opened(tmp_path, dense))
+    evaluation = evaluate(perfect(dense)[:limit], truth, SIZES, limit)
+    expected = judged_by_pycocotools(tmp_path / "truth.json", perfect(dense)[:limit], SIZES)
+    assert list(evaluation.metrics.values()) == pytest.approx(expected.tolist())
+    assert evaluation.metrics["AP"] == pytest.approx({120: 84 / 101, 100: 1.0}[objects])
+    assert evaluation.per_class[3].ap == evaluation.metrics["AP"]
+    if objects == 100:
+        assert evaluation.note == ""
+        return
+    assert "image 12 has 120 of 'cat'" in evaluation.note
+    assert str(evaluation).endswith(evaluation.note)
+    assert ("max_per_image 300 AP is 1.000" in evaluation.note) == (limit == 300)
+
+
 # ---------------------------------------------------------------------------- on_error='skip'
 
 
@@ -319,7 +351,7 @@ def test_malformed_entries_that_were_skipped_do_not_stop_the_evaluation(tmp_path
     evaluation = evaluate(perfect(good), ground_truth(split), split.image_ids.tolist())
     assert evaluation.metrics["AP"] == pytest.approx(1)
     assert evaluation.metrics["AR100"] == 1
-    assert sorted(evaluation.per_class) == ["bird", "cat", "dog"]
+    assert [entry.name for entry in evaluation.per_class.values()] == ["cat", "dog", "bird"]
 
 
 # ---------------------------------------------------------------------------- from predictions
@@ -396,6 +428,8 @@ def test_a_batch_is_dispatched_before_the_detections_of_the_one_before_are_fetch
 
 class Everywhere:
     """Stands for a network and a detector: predicts the same of all images."""
+
+    inference = Inference(max_per_image=1)
 
     def apply(self, variables, images, sizes, *, train):
         return sizes, {}

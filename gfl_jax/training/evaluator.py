@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from gfl_jax.coco_eval import METRICS, Evaluation, evaluate, ground_truth
+from gfl_jax.coco_eval import METRICS, ClassAP, Evaluation, evaluate, ground_truth
 from gfl_jax.data.batch import Batch, HostBatch
 from gfl_jax.data.pipeline import batches
 from gfl_jax.data.plan import eval_plan
@@ -67,6 +67,7 @@ class Evaluator:
         )
         # One iterator over endless passes: its workers serve all evaluations.
         self._batches = batches(self.plan, split, range(2**62), data, devices.share)
+        self._max_per_image = detector.inference.max_per_image
         self._truth = ground_truth(split) if devices.share[0] == 0 else None
 
     def __call__(
@@ -92,20 +93,22 @@ class Evaluator:
             total=steps,
             before_each=before_each,
         )
-        names = self._split.category_names
+        names, note = self._split.category_names, ""
         numbers = np.zeros(len(METRICS) + 2 * len(names))
         if self._truth is not None:
-            judged = evaluate(
-                results, self._truth, self._split.image_ids[self.plan.indices].tolist()
-            )
-            pairs = [judged.per_class[name] for name in names]
+            image_ids = self._split.image_ids[self.plan.indices].tolist()
+            judged = evaluate(results, self._truth, image_ids, self._max_per_image)
+            pairs = [entry[1:] for entry in judged.per_class.values()]
             numbers[:] = [*judged.metrics.values(), *itertools.chain(*pairs)]
+            note = judged.note
         numbers = self._devices.gather(numbers)[0]
         metrics, pairs = numbers[: len(METRICS)], numbers[len(METRICS) :].reshape(-1, 2)
         per_class = {
-            name: (ap, ap50) for name, (ap, ap50) in zip(names, pairs.tolist(), strict=True)
+            i: ClassAP(name, *pair)
+            for i, name, pair in zip(self._split.category_ids, names, pairs.tolist(), strict=True)
         }
-        return Evaluation(dict(zip(METRICS, metrics.tolist(), strict=True)), per_class), results
+        metrics = dict(zip(METRICS, metrics.tolist(), strict=True))
+        return Evaluation(metrics, per_class, note), results
 
     def images_per_second(self, variables: Any, repeats: int = 5) -> tuple[float, float]:
         """Images/s on the first batch with and without post-processing: medians, run in turn."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gfl_jax.data.classes import class_error
 from gfl_jax.data.pipeline import batches
 from gfl_jax.data.plan import BatchPlan, train_plan
 from gfl_jax.data.records import PreparedSplit
@@ -145,11 +146,12 @@ def _check(
     train: Train, devices: Pmap | ShardMap, train_split: PreparedSplit, val_split: PreparedSplit
 ) -> None:
     """Raises errors that can be found before anything starts."""
-    if train_split.category_ids != val_split.category_ids:
-        raise InputError(
-            f"training has the categories {train_split.category_names}, but evaluation has "
-            f"{val_split.category_names}: both annotation files must list the same"
-        )
+    ours, theirs = (
+        list(zip(split.category_ids, split.category_names, strict=True))
+        for split in (train_split, val_split)
+    )
+    if ours != theirs:
+        raise class_error("training", ours, "evaluation", theirs)
     if train.batch_size % (devices.count * train.accumulate):
         raise InputError(
             f"train.batch_size {train.batch_size} is not a multiple of {devices.count} devices x "

@@ -1,0 +1,36 @@
+"""Classes that should be the same and are not."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from gfl_jax.data.classes import class_error
+from gfl_jax.errors import InputError
+from gfl_jax.training.loop import _check
+from gfl_jax.training.step import Train
+
+CAT_DOG = [(1, "cat"), (2, "dog")]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        ([(1, "dog"), (2, "cat")], "same classes under other ids .* 1 'dog', 2 'cat'"),
+        ([(0, "cat"), (1, "dog")], "same classes under other ids .* 0 'cat', 1 'dog'"),
+        ([(1, "cat"), (2, "cow")], "other classes .*training 2 'dog'; evaluation 2 'cow'"),
+        ([(1, "cat")], "other classes .*training 2 'dog'; evaluation no other"),
+    ],
+)
+def test_training_and_evaluation_must_mean_the_same_by_every_id(theirs, said):
+    splits = [
+        SimpleNamespace(category_ids=[i for i, _ in its], category_names=[n for _, n in its])
+        for its in (CAT_DOG, theirs)
+    ]
+    with pytest.raises(InputError, match=said):
+        _check(Train(), SimpleNamespace(count=1), *splits)
+    _check(Train(), SimpleNamespace(count=1), splits[0], splits[0])
+
+
+def test_long_lists_are_cut():
+    many = [(i, f"class {i}") for i in range(80)]
+    assert "(79 in all)" in str(class_error("a", many, "b", [(79, "class 79")]))
