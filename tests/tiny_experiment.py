@@ -3,8 +3,8 @@
 import numpy as np
 
 from gfl_jax.data.batch import Batch
-from gfl_jax.data.prepare import RawSplit, prepare_in_cache
-from gfl_jax.data.records import open_prepared
+from gfl_jax.data.cache import open_in_cache
+from gfl_jax.data.prepare import RawSplit
 
 # An epoch is three batches, the last one partly filled; 27 steps in all.
 CONFIG = '''
@@ -50,7 +50,7 @@ experiment = Experiment(
 def prepare(raw, cache, on_error="raise"):
     """A split of raw files in COCO's format, prepared in a cache folder."""
     raw = RawSplit(raw.annotations, raw.images)  # which has not read the json yet
-    return open_prepared(prepare_in_cache("val", raw, cache, on_error), "val")
+    return open_in_cache("val", raw, cache, on_error)
 
 
 def make_batch(objects, canvas=(64, 64), *, classes=3, slots=8, seed=0):

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from gfl_jax.errors import InputError
+from gfl_jax.errors import InputError, UserError, WriteError
 
 
 def local_folder(name: str | Path, flag: str) -> Path:
@@ -29,14 +29,26 @@ def local_folder(name: str | Path, flag: str) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds this folder's lock, once no other process on this machine does."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-        with contextlib.suppress(ImportError):  # Windows has no such lock and does without
-            import fcntl
+    """Holds this folder's lock, once no other process on this machine does.
 
-            fcntl.flock(file, fcntl.LOCK_EX)  # freed when the process ends, however it ends
-        yield
+    Raises:
+        WriteError: what is done meanwhile fails for the disk's sake: it is full, read-only, ...
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+            with contextlib.suppress(ImportError):  # Windows has no such lock and does without
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX)  # freed when the process ends, however it ends
+            yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise WriteError(
+            f"cannot prepare data in {folder.parent}: {error}. Free space there, or name a folder "
+            "on another disk with --data.cache-dir (gfl-jax prepare: DST)"
+        ) from error
 
 
 @contextlib.contextmanager

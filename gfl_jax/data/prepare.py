@@ -1,13 +1,11 @@
 """Checks a COCO-format data set and writes it in the format that `gfl_jax.data.records` reads.
 
 `prepare` writes a folder that can be copied anywhere and used with `--data.prepared FOLDER`.
-`prepare_in_cache` does the same behind the scenes for a data set given by its raw files.
+`gfl_jax.data.cache` does the same behind the scenes for a data set given by its raw files.
 """
 
-import contextlib
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import os
@@ -34,7 +32,8 @@ from gfl_jax.data.coco_format import (
     read_json,
 )
 from gfl_jax.data.folders import local_folder, locked, new_folder
-from gfl_jax.data.records import FORMAT, MANIFEST, Table
+from gfl_jax.data.manifest import MANIFEST, split_entry, write_manifest
+from gfl_jax.data.records import Table
 
 _SHARD_BYTES = 1 << 27
 
@@ -84,7 +83,7 @@ def prepare(
                 "in the way", folder, f"not empty, and not a prepared data set (no {MANIFEST})"
             )
         with new_folder(folder) as partial:
-            _write(partial, splits, on_error)
+            write_prepared(partial, splits, on_error)
         return True
 
 
@@ -140,68 +139,6 @@ def main(
     print(f"{folder}: {size / 1e9:.2f} GB, train with --data.prepared {dst}")
 
 
-def prepare_in_cache(name: str, raw: RawSplit, cache_dir: Path, on_error: OnError) -> Path:
-    """Prepares a split in a cache, once; later calls reuse it.
-
-    It is identified by the json's content and by the names, sizes and times of the image files that
-    the json lists, and prepared again if any of these has changed. The json is not read again while
-    its own size and time are unchanged. Several processes may call this at once: one prepares, the
-    others wait.
-
-    Args:
-        name: of the split.
-        raw: its files.
-        cache_dir: where prepared folders are kept.
-        on_error: "raise" stops at bad input; "skip" leaves it out.
-
-    Returns:
-        A prepared folder with this split.
-
-    Raises:
-        DataError: see `prepare`.
-    """
-    source = hashlib.sha256(f"{name}\n{raw.annotations}\n{raw.images}\n{on_error}".encode())
-    memory = cache_dir / f"{raw.annotations.stem}-{source.hexdigest()[:16]}.json"
-
-    def folder_of(known: dict[str, Any]) -> Path:
-        made_of = "\n".join([f"{name} {on_error} {FORMAT} {known['sha256']}", *known["names"]])
-        key = hashlib.sha256(made_of.encode("utf-8", "surrogatepass"))
-        key.update(_stamps(raw.images, known["names"]).tobytes())
-        return cache_dir / f"{raw.annotations.stem}-{key.hexdigest()[:16]}"
-
-    known = _recall(memory)
-    stamp = _stamps(raw.annotations.parent, [raw.annotations.name]).tolist()
-    if known["annotations"] == stamp:
-        folder = folder_of(known)
-        if folder.name in known["folders"] and (folder / MANIFEST).is_file():
-            return folder
-    with locked(memory):
-        known = _recall(memory)
-        if known["annotations"] != stamp:
-            content, digest = raw.content
-            names = sorted({n for n in map(_file_name, content["images"]) if n is not None})
-            known |= {"annotations": stamp, "sha256": digest, "names": names}
-        folder = folder_of(known)
-        prepare(folder, {name: raw}, on_error)
-        earlier = [n for n in known["folders"] if n != folder.name and (cache_dir / n).is_dir()]
-        for other in earlier:
-            print(
-                f"{cache_dir / other} was prepared from an earlier state of {raw.annotations} or "
-                "its images: delete it if no run uses it"
-            )
-        known["folders"] = [*earlier, folder.name]
-        new = memory.with_suffix(".new")
-        new.write_text(json.dumps(known))
-        new.replace(memory)
-    return folder
-
-
-def _recall(memory: Path) -> dict[str, Any]:
-    """What is remembered about a source: stamp, sha256 and file names of its json, its folders."""
-    nothing: dict[str, Any] = {"annotations": None, "sha256": "", "names": [], "folders": []}
-    return json.loads(memory.read_text()) if memory.is_file() else nothing
-
-
 def make_table(
     image_ids: Sequence[int],
     filenames: Sequence[str],
@@ -244,38 +181,10 @@ def report_of(folder: epath.Path, split: str) -> str:
     return DataReport(problems=problems, **report).summary()
 
 
-def _stamps(folder: Path, names: Sequence[str]) -> np.ndarray:
-    """Sizes and times of files, to detect changes; -1 for a missing one; int64 [N, 2].
-
-    Relative to an open folder, a third faster than by whole paths: every start looks up all images.
-    """
-    stamps = []
-    with contextlib.ExitStack() as stack:
-        at: dict[str, Any] = {}
-        if os.stat in os.supports_dir_fd and folder.is_dir():
-            at["dir_fd"] = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, at["dir_fd"])
-        for name in names:
-            try:
-                status = os.stat(name if at else os.path.join(folder, name), **at)
-                stamps.append((status.st_size, status.st_mtime_ns))
-            except (OSError, ValueError):
-                stamps.append((-1, -1))
-    return np.array(stamps, np.int64).reshape(-1, 2)
-
-
-def _file_name(entry: Any) -> str | None:
-    name = entry.get("file_name") if isinstance(entry, dict) else None
-    return name if isinstance(name, str) else None
-
-
-def _write(folder: Path, splits: Mapping[str, RawSplit], on_error: OnError) -> None:
+def write_prepared(folder: Path, splits: Mapping[str, RawSplit], on_error: OnError) -> None:
     """Writes a prepared folder; the manifest comes last."""
-    manifest = {
-        "format": FORMAT,
-        "splits": {name: _write_split(folder, name, raw, on_error) for name, raw in splits.items()},
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    entries = {name: _write_split(folder, name, raw, on_error) for name, raw in splits.items()}
+    write_manifest(epath.Path(folder), entries)
 
 
 def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> dict[str, Any]:
@@ -297,7 +206,10 @@ def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> 
                 if data is not None:
                     writer.write(data)
                     kept.append(entry)
-            writer.close()
+            try:
+                writer.close()
+            except RuntimeError as error:
+                raise OSError(str(error)) from error
             shards[name] = len(kept) - before
     report.conclude(kept, on_error)
 
@@ -312,14 +224,12 @@ def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> 
     annotations = for_evaluation(kept, dict(zip(*categories.values(), strict=True)))
     (folder / split / "annotations.json").write_text(json.dumps(annotations))
     (folder / split / "report.json").write_text(json.dumps(_relocatable(report), indent=1))
-    files = [*shards, *(f"{split}/{name}" for name in ("table.npz", "annotations.json"))]
     return {
         "made_from": {"annotations": raw.annotations.name, "sha256": digest, "on_error": on_error},
         "images": report.images_kept,
         "annotations": report.annotations_kept,
         **categories,
-        "shards": {name: count for name, count in shards.items() if count},
-        "bytes": {name: (folder / name).stat().st_size for name in files},
+        **split_entry(epath.Path(folder), split, shards),
     }
 
 

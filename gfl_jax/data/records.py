@@ -14,20 +14,16 @@ Opening it reads the manifest and the table.
 import dataclasses
 import functools
 import io
-import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
-from gfl_jax.errors import InputError, MissingFileError
+from gfl_jax.data.manifest import read_entry, read_small
+from gfl_jax.errors import InputError
 from gfl_jax.paths import PathLike, as_path
-
-FORMAT = 2
-MANIFEST = "manifest.json"
 
 RULES = ("", "flagged `ignore`", "area 0", "under 1 pixel wide or high")
 """Why an object is not ground truth for training, as in the reference; the first: it is."""
@@ -58,9 +54,9 @@ class Table(NamedTuple):
     rule: np.ndarray
 
 
-def load_table(file: epath.Path) -> Table:
-    """Reads a table.npz."""
-    with np.load(io.BytesIO(file.read_bytes())) as columns:
+def load_table(content: bytes) -> Table:
+    """Reads the content of a table.npz."""
+    with np.load(io.BytesIO(content)) as columns:
         return Table(**columns)
 
 
@@ -115,7 +111,13 @@ class RecordSource:
                 raise IndexError(f"image {index} of {len(self)}")
         if self._images is None:
             self._images = self._open_images()
-        encoded = self._images.__getitems__(indices)
+        try:
+            encoded = self._images.__getitems__(indices)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"{self.name} is damaged ({error}): delete the folder, the next start prepares the "
+                "data again; or copy it again, if it is a copy"
+            ) from error
         return [self._record(*pair) for pair in zip(indices, encoded, strict=True)]
 
     def _record(self, index: int, image: bytes) -> dict[str, Any]:
@@ -190,19 +192,12 @@ def open_prepared(folder: PathLike, split: str) -> PreparedSplit:
 
     Raises:
         MissingFileError: there is no complete prepared folder.
-        InputError: another version prepared it, it lacks the split, or a file is missing or cut.
+        InputError: another version prepared it, it lacks the split, or a file is not as it was.
     """
     folder = as_path(folder)
-    manifest = read_manifest(folder)
-    if split not in manifest["splits"]:
-        raise InputError(
-            f"{folder} has no split {split!r}, only {', '.join(manifest['splits'])}: prepare it "
-            "again with the annotations of that split"
-        )
-    entry = manifest["splits"][split]
-    _check_sizes({folder / name: size for name, size in entry["bytes"].items()})
+    entry = read_entry(folder, split)
     shards = [Shard(str(folder / name), 0, n, n) for name, n in entry["shards"].items()]
-    table = load_table(folder / split / "table.npz")
+    table = load_table(read_small(folder, entry, f"{split}/table.npz"))
     return PreparedSplit(
         RecordSource(f"{folder}:{split}", functools.partial(open_images, shards), table),
         table,
@@ -210,40 +205,3 @@ def open_prepared(folder: PathLike, split: str) -> PreparedSplit:
         entry["category_names"],
         folder / split / "annotations.json",
     )
-
-
-def read_manifest(folder: epath.Path) -> dict[str, Any]:
-    """What a prepared folder holds.
-
-    Raises:
-        MissingFileError: there is no complete prepared folder.
-        InputError: another version prepared it.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError as error:
-        raise MissingFileError(
-            f"{folder} holds no prepared data set (no {MANIFEST}): make one with gfl-jax prepare "
-            "SRC DST"
-        ) from error
-    if manifest.get("format") != FORMAT:
-        raise InputError(
-            f"{folder / MANIFEST} has format {manifest.get('format')}, but this gfl_jax reads "
-            f"{FORMAT}: prepare the data set again, or use the version that prepared it"
-        )
-    return manifest
-
-
-def _check_sizes(sizes: dict[epath.Path, int]) -> None:
-    """Makes sure that a folder was copied completely."""
-
-    def size_of(file: epath.Path) -> int:
-        return file.stat().length if file.exists() else -1
-
-    with ThreadPoolExecutor(16) as pool:
-        for file, expected, found in zip(
-            sizes, sizes.values(), pool.map(size_of, sizes), strict=True
-        ):
-            if found != expected:
-                state = "is missing" if found < 0 else f"has {found} bytes, not {expected}"
-                raise InputError(f"{file} {state}: copy the whole prepared folder again")

@@ -4,11 +4,11 @@ import dataclasses
 from typing import Annotated, Literal
 
 import tyro
-from etils import epath
 
+from gfl_jax.data.cache import open_in_cache
 from gfl_jax.data.coco_format import OnError
 from gfl_jax.data.folders import local_folder
-from gfl_jax.data.prepare import RawSplit, prepare_in_cache, report_of
+from gfl_jax.data.prepare import RawSplit, report_of
 from gfl_jax.data.records import PreparedSplit, open_prepared
 from gfl_jax.data.shapes.dataset import Shapes
 from gfl_jax.data.tfds_source import Tfds
@@ -50,9 +50,11 @@ class CocoFolder:
                 "prepared one with --data.prepared FOLDER"
             )
         cache = local_folder(self.cache_dir, "--data.cache-dir")
-        folder = prepare_in_cache(split, self.raw_splits()[split], cache, self.on_error)
-        print(f"{report_of(epath.Path(folder), split)}\n  prepared in {folder}")
-        return open_prepared(folder, split)
+        opened = open_in_cache(split, self.raw_splits()[split], cache, self.on_error)
+        assert opened.annotations is not None
+        folder = opened.annotations.parents[1]
+        print(f"{report_of(folder, split)}\n  prepared in {folder}")
+        return opened
 
     def raw_splits(self) -> dict[str, RawSplit]:
         """The files of 'train' and 'val'."""

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from gfl_jax.data import images
 from gfl_jax.data.coco_format import check, data_error, for_evaluation, read_json
 from gfl_jax.data.folders import local_folder, locked, new_folder
+from gfl_jax.data.manifest import FORMAT
 from gfl_jax.data.prepare import make_table, save_table
-from gfl_jax.data.records import FLAGGED, FORMAT, THIN, PreparedSplit, RecordSource, load_table
+from gfl_jax.data.records import FLAGGED, THIN, PreparedSplit, RecordSource, load_table
 
 # The category ids of COCO's 80 classes.
 _COCO_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
@@ -105,7 +106,7 @@ def open_tfds(
             if not folder.exists():
                 with new_folder(folder) as partial:
                     _write(epath.Path(partial), encoded, annotations)
-    table = load_table(epath.Path(folder / "table.npz"))
+    table = load_table((folder / "table.npz").read_bytes())
     category_ids = json.loads((folder / "category_ids.json").read_text())
     kept = epath.Path(folder / "annotations.json")
     return PreparedSplit(

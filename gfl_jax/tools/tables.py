@@ -21,7 +21,7 @@ import tyro
 
 from gfl_jax.cli import CONFIGS, load_experiment, load_rows
 from gfl_jax.config import Data, Experiment, Row, Train, from_dict, to_dict
-from gfl_jax.data.records import MANIFEST
+from gfl_jax.data.manifest import MANIFEST
 from gfl_jax.data.sources import Prepared, Shapes, open_split
 from gfl_jax.distributed import parallel
 from gfl_jax.errors import InputError, MissingFileError, UsageError

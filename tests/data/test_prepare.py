@@ -23,7 +23,7 @@ from gfl_jax.data import prepare as preparing
 from gfl_jax.data.coco_format import DataError, check, read_json
 from gfl_jax.data.prepare import RawSplit, make_table
 from gfl_jax.data.sources import CocoFolder, Prepared, Shapes, Tfds
-from gfl_jax.errors import InputError
+from gfl_jax.errors import InputError, WriteError
 
 BOX = [4.5, 5.25, 10.5, 8.0]
 
@@ -331,7 +331,8 @@ def test_a_killed_preparation_does_not_count(tmp_path):
     script = f"""
         import pathlib, time
         from gfl_jax.data import images
-        from gfl_jax.data.prepare import RawSplit, prepare_in_cache
+        from gfl_jax.data.cache import open_in_cache
+        from gfl_jax.data.prepare import RawSplit
         decode = images.decode
         def slow(data, size, name):
             if name == "3.jpg":
@@ -340,7 +341,7 @@ def test_a_killed_preparation_does_not_count(tmp_path):
             return decode(data, size, name)
         images.decode = slow
         raw = RawSplit(*map(pathlib.Path, {paths!r}))
-        prepare_in_cache("val", raw, pathlib.Path({str(tmp_path / "cache")!r}), "raise")
+        open_in_cache("val", raw, pathlib.Path({str(tmp_path / "cache")!r}), "raise")
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)],
@@ -429,6 +430,78 @@ def test_what_is_no_longer_valid_is_reported(tmp_path, capsys):
     image_file(folder.images / "1.jpg", seed=99)
     prepare(folder, tmp_path / "cache")
     assert f"{first.annotations.parents[1]} was prepared from an earlier" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- damage, full disks
+
+
+def overwritten(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x55
+    file.write_bytes(content)
+
+
+def halved(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, overwritten, halved, lambda f: f.write_text("")])
+@pytest.mark.parametrize(
+    "what", ["manifest.json", "val/table.npz", "val/annotations.json", "val/report.json", "*.json"]
+)
+def test_a_damaged_cache_is_prepared_again(tmp_path, damage, what, capsys):
+    folder = make(tmp_path)
+    first = prepare(folder, tmp_path / "cache")
+    root = first.annotations.parents[1]
+    (file,) = (root.parent if what == "*.json" else root).glob(what)
+    before = (root / what).read_bytes() if what != "*.json" else None
+    damage(Path(file))
+    again = prepare(folder, tmp_path / "cache")
+    assert again.annotations == first.annotations
+    assert [record["image_id"] for record in again.source] == [10, 20, 30, 40]
+    assert ("preparing it again" in capsys.readouterr().out) == (what != "*.json")
+    if before:
+        assert (root / what).read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, halved])
+def test_images_that_were_purged_from_the_cache_are_prepared_again(tmp_path, damage):
+    folder = make(tmp_path)
+    first = prepare(folder, tmp_path / "cache")
+    (file,) = first.annotations.parent.glob("*.array_record")
+    damage(Path(file))
+    assert len(list(prepare(folder, tmp_path / "cache").source)) == 4
+    shutil.rmtree(tmp_path / "cache")
+    assert len(list(prepare(folder, tmp_path / "cache").source)) == 4
+
+
+def test_a_damaged_image_of_the_cache_is_named_when_it_is_read(tmp_path):
+    split = prepare(make(tmp_path), tmp_path / "cache")
+    overwritten(Path(next(iter(split.annotations.parent.glob("*.array_record")))))
+    with pytest.raises(InputError, match=r"cache/a-.*:val is damaged .*delete the folder"):
+        list(split.source)
+
+
+@pytest.mark.parametrize("limit", [10, 800, 2000, 6000])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, limit):
+    resource = pytest.importorskip("resource")
+    folder = make(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(WriteError, match=r"cannot prepare data in .*cache.*--data\.cache-dir"):
+            prepare(folder, tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"] * 2
+    assert len(list(prepare(folder, tmp_path / "cache").source)) == 4
+
+
+def test_a_cache_that_is_no_folder_is_named(tmp_path):
+    folder = make(tmp_path)
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(WriteError, match=r"cannot prepare data in .*cache.*exists"):
+        prepare(folder, tmp_path / "cache")
 
 
 # ---------------------------------------------------------------------------- gfl-jax prepare

@@ -29,9 +29,10 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from gfl_jax.data.cache import open_in_cache
 from gfl_jax.data.folders import local_folder, locked, new_folder
-from gfl_jax.data.prepare import RawSplit, prepare_in_cache
-from gfl_jax.data.records import PreparedSplit, open_prepared
+from gfl_jax.data.prepare import RawSplit
+from gfl_jax.data.records import PreparedSplit
 from gfl_jax.data.shapes.render import CLASSES, MIN_SIDE, Shape, render_scene
 from gfl_jax.errors import InputError, WriteError
 
@@ -85,7 +86,7 @@ class Shapes:
         root = local_folder(self.root, "--data.root") if self.root else cache / name
         root = make_shapes(root, self)
         raw = RawSplit(root / "annotations" / f"instances_{split}.json", root / split)
-        return open_prepared(prepare_in_cache(split, raw, cache, "raise"), split)
+        return open_in_cache(split, raw, cache, "raise")
 
 
 def _write_image(folder: Path, spec: Shapes, split: str, index: int) -> list[Shape]:
