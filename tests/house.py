@@ -64,6 +64,8 @@ NOT_OPENED = {
     "gfl_jax.data.prepare": "preparing: written once, read by gfl_jax.data.records",
     "gfl_jax.data.tfds_source": "another data set: prepared by tfds",
     "gfl_jax.data.shapes": "another data set: synthetic images",
+    "gfl_jax.data.sixteen_bits": "preparing: images of 16 bits",
+    "gfl_jax.data.suspicions": "what looks wrong with a data set",
     "gfl_jax.data.ssd_augment": "SSD's augmentation",
     "gfl_jax.detectors.custom": "losses from a user's file",
     "gfl_jax.detectors.dirac": "the boxes of the other detectors",

@@ -40,7 +40,8 @@ def open_in_cache(name: str, raw: RawSplit, cache_dir: Path, on_error: OnError) 
     memory = cache_dir / f"{raw.annotations.stem}-{source.hexdigest()[:16]}.json"
 
     def folder_of(known: dict[str, Any]) -> Path:
-        made_of = "\n".join([f"{name} {on_error} {FORMAT} {known['sha256']}", *known["names"]])
+        options = f"{name} {on_error} {raw.white} {FORMAT}"
+        made_of = "\n".join([f"{options} {known['sha256']}", *known["names"]])
         key = hashlib.sha256(made_of.encode("utf-8", "surrogatepass"))
         key.update(_stamps(raw.images, known["names"]).tobytes())
         return cache_dir / f"{raw.annotations.stem}-{key.hexdigest()[:16]}"

@@ -302,8 +302,8 @@ def _fault(entry: Any, fields: dict[str, Any]) -> str | None:
             return f"no '{name}'"
         if not isinstance(value, kind) or isinstance(value, bool):
             return f"'{name}' is not of type {kind.__name__}"
-        if kind is int and not -(2**63) <= value < 2**63:
-            return f"'{name}' does not fit in 64 bits"
+        if kind is int and not -(2**53) <= value <= 2**53:
+            return f"'{name}' is beyond 2^53, up to which every reader of JSON keeps numbers apart"
         if name in ("height", "width") and not 0 < value < 2**31:
             return f"'{name}' is not a valid size"
     if entry.get("area") is not None and not _is_number(entry["area"]):

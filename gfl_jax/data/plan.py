@@ -13,6 +13,7 @@ import numpy as np
 from gfl_jax.data.images import resized_size
 from gfl_jax.data.records import PreparedSplit
 from gfl_jax.data.sources import Data
+from gfl_jax.data.suspicions import nothing_to_train_on
 from gfl_jax.errors import InputError
 
 MIN_SIDE = 32
@@ -149,6 +150,8 @@ class BatchPlan:
 def train_plan(data: Data, split: PreparedSplit, batch_size: int, seed: int) -> BatchPlan:
     """Batches of the images with objects and no side under 32 pixels, reshuffled every epoch."""
     usable = (split.num_boxes > 0) & (split.sizes.min(1) >= MIN_SIDE)
+    if not usable.any():
+        raise InputError(nothing_to_train_on(split.table, MIN_SIDE))
     indices = np.flatnonzero(usable)
     return BatchPlan(data, split.sizes, indices, batch_size, shuffle=True, seed=seed)
 

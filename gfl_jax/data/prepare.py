@@ -34,6 +34,8 @@ from gfl_jax.data.coco_format import (
 from gfl_jax.data.folders import local_folder, locked, new_folder
 from gfl_jax.data.manifest import MANIFEST, split_entry, write_manifest
 from gfl_jax.data.records import Table
+from gfl_jax.data.sixteen_bits import WHITE, as_8_bits, read_16_bits
+from gfl_jax.errors import InputError
 
 _SHARD_BYTES = 1 << 27
 
@@ -45,10 +47,17 @@ class RawSplit:
     Attributes:
         annotations: the json.
         images: the folder that its file names are relative to.
+        white: value of 16-bit images that becomes white; 0: 65535, but images that would then be
+            nearly black are an error.
     """
 
     annotations: Path
     images: Path
+    white: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.white <= WHITE:
+            raise InputError(f"data.white is {self.white}; give a value of 16 bits, or 0")
 
     @functools.cached_property
     def content(self) -> tuple[dict[str, Any], str]:
@@ -96,6 +105,7 @@ def main(
     val_annotations: str = "annotations/instances_val2017.json",
     val_images: str = "val2017",
     on_error: OnError = "raise",
+    white: int = 0,
     overwrite: bool = False,
 ) -> None:
     """Checks a data set in COCO's format and prepares it once, for `--data.prepared DST`.
@@ -111,6 +121,8 @@ def main(
         val_annotations: json of the images to evaluate on, relative to SRC.
         val_images: folder of the images to evaluate on, relative to SRC.
         on_error: 'raise' stops at bad input; 'skip' leaves it out, counts it and lists it.
+        white: value of 16-bit images that becomes white, such as 4095; 0: 65535, but images that
+            would then be nearly black are an error.
         overwrite: prepares again even if DST is complete.
 
     Raises:
@@ -118,8 +130,8 @@ def main(
     """
     root, folder = local_folder(src, "SRC"), local_folder(dst, "DST")
     named = {
-        "train": RawSplit(root / train_annotations, root / train_images),
-        "val": RawSplit(root / val_annotations, root / val_images),
+        "train": RawSplit(root / train_annotations, root / train_images, white),
+        "val": RawSplit(root / val_annotations, root / val_images, white),
     }
     splits = {name: raw for name, raw in named.items() if raw.annotations.is_file()}
     if not splits:
@@ -194,6 +206,7 @@ def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> 
     entries, report = check(content, raw.annotations, raw.images, on_error)
     shards: dict[str, int] = {}
     kept: list[ImageEntry] = []
+    brightest: dict[str, int] = {}  # of images of 16 bits
     parts = _shards(entries, raw.images)
     with tqdm(total=len(entries), desc=f"preparing {split}", unit=" images") as progress:
         for i, part in enumerate(parts):
@@ -201,7 +214,7 @@ def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> 
             before = len(kept)
             # Photos are already compressed.
             writer = ArrayRecordWriter(str(folder / name), "group_size:1,uncompressed")
-            for entry, data in _load(part, raw.images, report.problems):
+            for entry, data in _load(part, raw, report.problems, brightest):
                 progress.update()
                 if data is not None:
                     writer.write(data)
@@ -212,6 +225,16 @@ def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> 
                 raise OSError(str(error)) from error
             shards[name] = len(kept) - before
     report.conclude(kept, on_error)
+    if not raw.white and brightest and (most := max(brightest.values())) < (WHITE + 1) // 4:
+        file = max(brightest, key=lambda name: brightest[name])
+        detail = (
+            f"none of the {len(brightest)} images of 16 bits has a value above {most}, of {WHITE}"
+        )
+        advice = (
+            f"Networks see the upper 8 bits, here nearly black. --data.white {most} (gfl-jax "
+            f"prepare: --white {most}) makes {most} white; {WHITE} takes them as they are."
+        )
+        raise data_error("dark images", raw.images / file, detail, advice)
 
     table = make_table(
         [entry.image_id for entry in kept],
@@ -247,14 +270,20 @@ def _shards(entries: Sequence[ImageEntry], folder: Path) -> list[Sequence[ImageE
 
 
 def _load(
-    entries: Sequence[ImageEntry], folder: Path, problems: list[Problem]
+    entries: Sequence[ImageEntry],
+    raw: RawSplit,
+    problems: list[Problem],
+    brightest: dict[str, int],
 ) -> Iterator[tuple[ImageEntry, bytes | None]]:
     """Yields images with their files' bytes; for a faulty file, None, and adds a problem."""
 
     def load(entry: ImageEntry) -> bytes | Problem:
         """Reads an image file and makes sure that it decodes to the size the json states."""
         try:
-            data = (folder / entry.filename).read_bytes()
+            data = (raw.images / entry.filename).read_bytes()
+            if (deep := read_16_bits(data)) is not None:
+                brightest[entry.filename] = int(deep.max())
+                data = as_8_bits(deep, raw.white) if raw.white else data
             images.decode(data, entry.size, entry.filename)
         except (OSError, ValueError) as error:
             wrong_size = isinstance(error, images.ImageSizeError)

@@ -11,6 +11,7 @@ from gfl_jax.data.folders import local_folder
 from gfl_jax.data.prepare import RawSplit, report_of
 from gfl_jax.data.records import PreparedSplit, open_prepared
 from gfl_jax.data.shapes.dataset import Shapes
+from gfl_jax.data.suspicions import suspicion
 from gfl_jax.data.tfds_source import Tfds
 from gfl_jax.errors import InputError, UsageError
 
@@ -27,6 +28,8 @@ class CocoFolder:
         val_images: folder of the images to evaluate on, relative to root.
         cache_dir: where the prepared data is kept.
         on_error: 'raise' stops at bad input; 'skip' leaves it out, counts it and lists it.
+        white: value of 16-bit images that becomes white, such as 4095; 0: 65535, but images that
+            would then be nearly black are an error.
     """
 
     root: str = ""
@@ -36,6 +39,7 @@ class CocoFolder:
     val_images: str = "val2017"
     cache_dir: str = "~/.cache/gfl_jax"
     on_error: OnError = "raise"
+    white: int = 0
 
     def open(self, split: str) -> PreparedSplit:
         """Opens 'train' or 'val'; checks and prepares it first if needed.
@@ -60,8 +64,8 @@ class CocoFolder:
         """The files of 'train' and 'val'."""
         root = local_folder(self.root, "--data.root")
         return {
-            "train": RawSplit(root / self.train_annotations, root / self.train_images),
-            "val": RawSplit(root / self.val_annotations, root / self.val_images),
+            "train": RawSplit(root / self.train_annotations, root / self.train_images, self.white),
+            "val": RawSplit(root / self.val_annotations, root / self.val_images, self.white),
         }
 
 
@@ -170,4 +174,7 @@ def open_split(data: Data, split: str) -> PreparedSplit:
         DataError: the data is faulty; every problem is named.
         UsageError: no data set was named.
     """
-    return data.source.open(split)
+    opened = data.source.open(split)
+    if said := suspicion(opened.table):
+        print(f"warning: {split}: {said}")
+    return opened

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -430,6 +431,46 @@ def test_what_is_no_longer_valid_is_reported(tmp_path, capsys):
     image_file(folder.images / "1.jpg", seed=99)
     prepare(folder, tmp_path / "cache")
     assert f"{first.annotations.parents[1]} was prepared from an earlier" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- 16 bits
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+@pytest.mark.parametrize("grey", [False, True])
+def test_16_bits_that_would_be_black_are_refused_until_it_is_said_what_is_white(
+    tmp_path, ending, grey
+):
+    names = [f"{i}.{ending}" for i in range(1, 5)]
+    folder = make(tmp_path, images=[entry(i + 1, file_name=n) for i, n in enumerate(names)])
+    eight = {n: cv2.imread(str(folder.images / f"{i}.jpg")) for i, n in enumerate(names, start=1)}
+    for name, image in eight.items():
+        deep = image.astype(np.uint16) * 16
+        cv2.imwrite(str(folder.images / name), deep[..., 1] if grey else deep)
+    largest = max(int(image[..., 1].max() if grey else image.max()) for image in eight.values())
+    for on_error in ("raise", "skip"):
+        with pytest.raises(
+            DataError, match=rf"(?s)dark images .*above {16 * largest}, of 65535"
+        ) as e:
+            prepare(folder, tmp_path / "cache", on_error)
+        assert f"--data.white {16 * largest}" in str(e.value)
+
+    split = prepare(dataclasses.replace(folder, white=16 * 255), tmp_path / "cache")
+    for record in split.source:
+        seen = images.decode(record["image"])[..., ::-1].astype(int)
+        expected = eight[record["filename"]]
+        expected = expected[..., 1:2] if grey else expected
+        assert (seen == expected).all()
+    as_they_are = prepare(dataclasses.replace(folder, white=65535), tmp_path / "cache")
+    assert images.decode(as_they_are.source[0]["image"]).max() <= 16
+
+
+def test_16_bits_that_are_used_are_taken_as_they_are(tmp_path):
+    folder = make(tmp_path, images=[entry(1, file_name="1.png"), entry(2)])
+    deep = cv2.imread(str(folder.images / "1.jpg")).astype(np.uint16) * 257
+    cv2.imwrite(str(folder.images / "1.png"), deep)
+    split = prepare(folder, tmp_path / "cache", "skip")
+    assert split.source[0]["image"] == (folder.images / "1.png").read_bytes()
 
 
 # ---------------------------------------------------------------------------- damage, full disks
