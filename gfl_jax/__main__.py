@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 import sys
+from typing import Any
 
 COMMANDS = {
     "train": ("gfl_jax.train:main", "train a detector, evaluate it and draw what it detects"),
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     Raises:
         SystemExit: with status 1 after an error that a user can fix, 2 after a mistake on the
-            command line, or what the command returns.
+            command line, 130 after Ctrl-C, or what the command returns.
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if name in ("-h", "--help"):
@@ -69,18 +70,27 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{USAGE}\n\nerror: there is no command {name!r}{near}", file=sys.stderr)
         sys.exit(2)
 
+    try:
+        sys.exit(_run(name, rest))
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(name: str, arguments: list[str]) -> Any:
+    """Runs a command; returns its status. What takes seconds to import is imported here."""
     import tyro
 
-    from gfl_jax.cli import plain_errors
+    from gfl_jax.cli import plain_errors, second_interrupt_ends, write_anything
 
+    write_anything()
+    second_interrupt_ends()
     module, _, function_name = COMMANDS[name][0].partition(":")
     with plain_errors():
         function = getattr(importlib.import_module(module), function_name)
         if list(inspect.signature(function).parameters) == ["arguments"]:
-            status = function(rest)
-        else:
-            status = tyro.cli(function, args=rest, prog=f"gfl-jax {name}")
-        sys.exit(status)
+            return function(arguments)
+        return tyro.cli(function, args=arguments, prog=f"gfl-jax {name}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,13 @@ one of several kinds of value, the field itself is a flag too, which selects the
 import contextlib
 import dataclasses
 import difflib
+import functools
+import io
+import os
 import runpy
+import signal
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +28,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 from gfl_jax.config import Experiment, Row
 from gfl_jax.errors import InputError, MissingFileError, UsageError, UserError
+from gfl_jax.hosts import INTERRUPTED
 
 Command = TypeVar("Command")
 
@@ -110,16 +116,31 @@ def _run(file: Path) -> dict[str, Any]:
     """What a config file defines.
 
     In a config, `configs` is a package of the files beside it and of those that come with gfl_jax:
-    `from configs.gfl_r50_fpn_1x_coco import experiment` works in any folder.
+    `from configs.gfl_r50_fpn_1x_coco import experiment` works in any folder. The files beside it
+    can also be imported as beside any program: `from base import experiment`.
     """
     package = types.ModuleType("configs")
     package.__path__ = [str(file.resolve().parent), str(CONFIGS)]
-    with _no_configs_imported():
+    with _no_configs_imported(), _importable(file.resolve().parent):
         sys.modules["configs"] = package
         try:
             return runpy.run_path(str(file))
         except UserError as error:
             raise InputError(f"{file}: {error}") from error
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """With the files of a folder as modules; another folder may have others of the same names."""
+    before, path = set(sys.modules), list(sys.path)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name in set(sys.modules) - before:
+            if Path(getattr(sys.modules[name], "__file__", None) or "").parent == folder:
+                del sys.modules[name]
 
 
 @contextlib.contextmanager
@@ -292,7 +313,7 @@ def _flags(info: tyro.constructors.StructTypeInfo) -> StructConstructorSpec | No
     return StructConstructorSpec(build, tuple(flags))
 
 
-# --------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------- errors, signals, terminals
 
 
 @contextlib.contextmanager
@@ -309,3 +330,32 @@ def plain_errors() -> Iterator[None]:
             raise  # an OSError of a library's own
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+@functools.cache
+def second_interrupt_ends() -> None:
+    """From now on a second Ctrl-C ends the program at once, whatever it is doing.
+
+    A thread watches: Python's handlers wait until a compilation or a write has returned.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return  # called by somebody's program, whose signals are its own affair
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        for _ in range(2):
+            while os.read(reader, 1) != bytes([signal.SIGINT]):
+                pass
+        os.write(2, b"\nCtrl-C twice: ended without saving\n")
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def write_anything() -> None:
+    """Lets names that the terminal's encoding does not have be printed, as backslash escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -15,6 +15,9 @@ from gfl_jax.errors import InputError, SetupError
 PREEMPTED = 75
 """Exit status of a run that received SIGTERM, saved its state, and waits to be resumed."""
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as of any program that it ends."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
@@ -93,25 +96,36 @@ def print_once(text: str) -> None:
 
 
 class Preempted(SystemExit):
-    """Ends the program with status PREEMPTED; the state is saved."""
-
-    def __init__(self):
-        super().__init__(PREEMPTED)
+    """Ends the program with status PREEMPTED or INTERRUPTED; the state is saved."""
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether to stop, because any process received SIGTERM.
+def stop_requests() -> Iterator[Callable[[], int]]:
+    """Yields a function that says whether to stop, because SIGTERM or Ctrl-C came to any process.
 
-    All processes call it equally often, and it returns True to all of them at the same call.
+    All processes call it equally often, and it returns the exit status to stop with, or 0, at the
+    same call to all of them.
     """
-    if jax.process_count() > 1:
-        calls = iter(range(2**62))  # jax's own handler hears the signal
-        yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
-        return
     received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    several = jax.process_count() > 1
+
+    def receive(number: int, frame: object) -> None:
+        received.append(number)
+        if several:  # jax's own handler hears SIGTERM and tells the others
+            signal.raise_signal(signal.SIGTERM)
+
+    def status() -> int:
+        return INTERRUPTED if signal.SIGINT in received else PREEMPTED
+
+    ours = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, receive) for number in ours}
+    calls = iter(range(2**62))
     try:
-        yield lambda: bool(received)
+        if several:
+            reached = multihost_utils.reached_preemption_sync_point
+            yield lambda: status() if reached(next(calls)) else 0
+        else:
+            yield lambda: status() if received else 0
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

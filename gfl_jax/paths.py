@@ -22,7 +22,7 @@ def as_path(path: PathLike) -> epath.Path:
     """
     scheme, is_url, _ = os.fspath(path).partition("://")
     if not is_url:
-        return epath.Path(path).expanduser()
+        return epath.Path(expand_home(path, "a path"))
     if scheme != "gs":
         raise InputError(f"{os.fspath(path)!r}: give a local path or gs://BUCKET/FOLDER")
     with needs("gcs"):
@@ -42,7 +42,31 @@ def local_path(path: PathLike, name: str) -> Path:
     """
     if is_remote(path):
         raise InputError(f"{name} is {os.fspath(path)}: it must be on a local disk, copy it there")
-    return Path(path).expanduser()
+    return expand_home(path, name)
+
+
+def expand_home(path: PathLike, name: str) -> Path:
+    """A local path in which `~` is expanded.
+
+    Args:
+        path: it.
+        name: of the argument, for the error.
+
+    Raises:
+        InputError: this user has no home folder: HOME is not set.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"{name} is {os.fspath(path)}, but HOME is not set and this user has no home folder: "
+            "set HOME, or give a path without ~"
+        ) from error
+
+
+def size_of_file(path: epath.Path) -> int:
+    """Bytes of a file. Of a local one, etils would look up its owner's name, who may have none."""
+    return path.stat().length if is_remote(path) else os.stat(path).st_size
 
 
 def is_remote(path: PathLike) -> bool:

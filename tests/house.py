@@ -67,6 +67,7 @@ NOT_OPENED = {
     "gfl_jax.data.sixteen_bits": "preparing: images of 16 bits",
     "gfl_jax.data.suspicions": "what looks wrong with a data set",
     "gfl_jax.data.ssd_augment": "SSD's augmentation",
+    "gfl_jax.data.workers": "signals and deaths of worker processes",
     "gfl_jax.detectors.custom": "losses from a user's file",
     "gfl_jax.detectors.dirac": "the boxes of the other detectors",
     "gfl_jax.interop": "weights of PyTorch files",
@@ -74,6 +75,8 @@ NOT_OPENED = {
     "gfl_jax.models.ssd": "SSD's network",
     "gfl_jax.systems": "the other detectors",
     "gfl_jax.training.instruments": "goodput, profiles, kept programs",
+    "gfl_jax.training.lock": "one run at a time in a work directory",
+    "gfl_jax.training.start": "what is checked and said before the first step",
     "gfl_jax.visualize": "pictures",
 }
 """Imported, but not on GFL's way from disk to AP; each with the reason."""

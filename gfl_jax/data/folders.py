@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gfl_jax.errors import InputError, UserError, WriteError
+from gfl_jax.paths import expand_home
 
 
 def local_folder(name: str | Path, flag: str) -> Path:
@@ -24,7 +25,7 @@ def local_folder(name: str | Path, flag: str) -> Path:
             "local disk; prepare there (gfl-jax prepare SRC DST), copy DST to the bucket and pass "
             "it as --data.prepared"
         )
-    return Path(name).expanduser().absolute()
+    return expand_home(name, flag).absolute()
 
 
 @contextlib.contextmanager

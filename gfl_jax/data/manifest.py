@@ -37,7 +37,7 @@ def split_entry(folder: epath.Path, split: str, shards: Mapping[str, int]) -> di
     small = [f"{split}/{file}" for file in ("table.npz", "annotations.json", "report.json")]
     return {
         "shards": {name: count for name, count in shards.items() if count},
-        "bytes": {name: (folder / name).stat().length for name in (*shards, *small)},
+        "bytes": {name: size_of_file(folder / name) for name in (*shards, *small)},
         "crc32": {name: zlib.crc32((folder / name).read_bytes()) for name in small},
     }
 
@@ -87,7 +87,7 @@ def read_entry(folder: epath.Path, split: str) -> dict[str, Any]:
 
     def size_of(name: str) -> int:
         file = folder / name
-        return file.stat().length if file.exists() else -1
+        return size_of_file(file) if file.exists() else -1
 
     with ThreadPoolExecutor(16) as pool:
         found = dict(zip(entry["bytes"], pool.map(size_of, entry["bytes"]), strict=True))

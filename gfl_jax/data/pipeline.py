@@ -3,14 +3,9 @@
 import dataclasses
 import functools
 import gc
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Generator
 from typing import Any
 
-import cv2
 import grain.python as grain
 import numpy as np
 from absl import flags
@@ -21,6 +16,7 @@ from gfl_jax.data.plan import BatchPlan
 from gfl_jax.data.records import PreparedSplit
 from gfl_jax.data.sources import Data
 from gfl_jax.data.ssd_augment import ssd_augment
+from gfl_jax.data.workers import deaths_explained, start_worker, without_interrupts
 
 
 @dataclasses.dataclass
@@ -111,24 +107,6 @@ def _own_copy(host: HostBatch) -> HostBatch:
     return HostBatch(Batch(*copies), np.array(host.image_ids), np.array(host.image_mask))
 
 
-def _start_worker(_worker: int, _count: int) -> None:
-    """Sets up a worker process."""
-    # SIGTERM may reach the whole process group, but the main process still takes a step.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # Workers already share the cores: without this, each has a thread for every core.
-    cv2.setNumThreads(0)
-    # A worker whose training process was killed would wait forever and keep its shared memory.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Ends this process when its parent is gone."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 def batches(
     plan: BatchPlan,
     split: PreparedSplit,
@@ -144,6 +122,9 @@ def batches(
         steps: which batches.
         data: workers, buffers and memory.
         share: (index, count) of this host among those that share each batch.
+
+    Raises:
+        SetupError: a worker process was killed.
     """
     load = functools.partial(
         load_batch,
@@ -166,11 +147,15 @@ def batches(
         options = grain.MultiprocessingOptions(
             num_workers=data.workers, per_worker_buffer_size=data.shared_batches
         )
-        iterable = iterable.mp_prefetch(options, worker_init_fn=_start_worker)
+        iterable = iterable.mp_prefetch(options, worker_init_fn=start_worker)
         iterable = iterable.map(_own_copy)
     iterator = iter(iterable)
     try:
-        yield from iterator
+        with deaths_explained():
+            with without_interrupts():
+                first = next(iterator)  # starts the workers
+            yield first
+            yield from iterator
     finally:
         iterator.close()
         del iterator

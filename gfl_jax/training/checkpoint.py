@@ -7,6 +7,7 @@ number of processes can restore them.
 """
 
 import contextlib
+import glob
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -37,9 +38,17 @@ class Checkpoints:
             folder: where the checkpoints are.
             keep: how many of the newest to keep.
             writes: True for the run that saves to it: leftovers of interrupted saves are removed.
+
+        Raises:
+            InputError: its path looks like a pattern.
         """
         folder = as_path(folder)
         self.folder = folder if is_remote(folder) else folder.absolute()
+        if glob.has_magic(str(self.folder)):
+            raise InputError(
+                f"{self.folder}: checkpoints cannot be kept in a folder with one of * ? [ in its "
+                "path, which Orbax takes for a pattern: rename it"
+            )
         self._writing = -1
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, cleanup_tmp_directories=writes
@@ -134,28 +143,37 @@ class Checkpoints:
         self._must_have_items(like)
         abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), dict(like))
         trees = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        where = f"the checkpoint {self.folder / str(self.step)}"
         try:
             stored = self._manager.restore(self.step, args=ocp.args.Composite(**trees))
             items = {name: stored[name] for name in trees}
-            for (path, expected), array in zip(
-                jax.tree.leaves_with_path(abstract), jax.tree.leaves(items), strict=True
-            ):
-                if (array.shape, array.dtype) != (expected.shape, expected.dtype):
-                    raise ValueError(
-                        f"{jax.tree_util.keystr(path)} is {array.dtype}{list(array.shape)}, "
-                        f"expected {expected.dtype}{list(expected.shape)}"
-                    )
+            different = _differences(abstract, items)
         except (ValueError, KeyError) as error:
-            if _STATUS.match(str(error)):
-                raise InputError(
-                    f"the checkpoint {self.folder / str(self.step)} is damaged: delete this "
-                    f"folder to go back to the previous one. {error}"
-                ) from error
+            different = self._stored_differences(abstract)
+            if not different:
+                remedy = (
+                    "is damaged: delete this folder to go back to the previous one"
+                    if _STATUS.match(str(error))
+                    else "cannot be read"
+                )
+                raise InputError(f"{where} {remedy}. {error}") from error
+        if different:
             raise InputError(
-                f"the checkpoint {self.folder / str(self.step)} is of another model or "
-                f"optimiser than this config's; use another --workdir, or that config: {error}"
-            ) from error
+                f"{where} is of another model or optimiser than this config's; use another "
+                f"--workdir, or that config: {different}"
+            )
         return items
+
+    def _stored_differences(self, like: Mapping[str, Any]) -> str:
+        """What `_differences` says of the items as they are stored; '' if they cannot be read."""
+        with contextlib.suppress(ValueError, KeyError):
+            return _differences(like, {name: self.read(name) for name in like})
+        return ""
+
+    def clear(self) -> None:
+        """Deletes all checkpoints."""
+        for step in self._manager.all_steps():
+            self._manager.delete(step)
 
     def wait(self) -> None:
         """Waits until everything is on disk.
@@ -194,3 +212,22 @@ class Checkpoints:
         """Closes; an error from inside the `with` takes precedence over a failed write."""
         with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
             self.close()
+
+
+def _differences(expected: Any, found: Any) -> str:
+    """The first few arrays of two trees that differ in name, shape or dtype; '' if none does."""
+
+    def kinds(tree: Any) -> dict[str, str]:
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="."): f"{x.dtype}{list(x.shape)}"
+            for path, x in jax.tree.leaves_with_path(tree)
+        }
+
+    ours, theirs = kinds(expected), kinds(found)
+    lines = [
+        f"{name} is {theirs.get(name, 'missing')}, expected {ours.get(name, 'none')}"
+        for name in {**ours, **theirs}
+        if ours.get(name) != theirs.get(name)
+    ]
+    more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+    return "; ".join(lines[:5]) + more

@@ -32,7 +32,8 @@ class Logbook:
     Attributes:
         folder: of the newest checkpoints.
         start: step of the newest checkpoint; 0 if there is none.
-        evaluated: whether the metrics already have an evaluation of that step.
+        before: what that checkpoint says about itself; empty if there is none.
+        evaluated: whether the metrics end with an evaluation of that step on this data.
     """
 
     def __init__(
@@ -66,11 +67,21 @@ class Logbook:
         )
         self.start = step or 0
         self._log = MetricsLog(workdir, self.start, writes=is_first())
-        self.evaluated = bool(devices.from_first(self._log.has("val", self.start)))
-        best = -math.inf if self._best.step is None else self._best.about()["AP"]
-        self._best_ap = devices.from_first(best)
+        self.before = {} if step is None else self._newest.about()
+        last = self._log.last("val")
+        done = last.get("step") == self.start and self._same_data(last.get("data"))
+        self.evaluated = bool(devices.from_first(done))
+        best = {} if self._best.step is None else self._best.about()
+        # An AP on other images does not compare.
+        self._best_counts = self._same_data(best.get("data", {}).get("val"))
+        best_ap = best.get("AP", -math.inf) if self._best_counts else -math.inf
+        self._best_ap = devices.from_first(best_ap)
         self._progress = tqdm(disable=True)
         self._waiting: tuple[int, HostBatch, Any, Any] | None = None
+
+    def _same_data(self, key: str | None) -> bool:
+        """Whether this is the key of the images to evaluate on; earlier versions kept none."""
+        return key in (None, self._about["data"]["val"])
 
     def restore(self, like: TrainState) -> TrainState | None:
         """The state of the newest checkpoint, on the host; None if there is none.
@@ -183,9 +194,12 @@ class Logbook:
             with self._clock("saving"):
                 self._newest.wait()  # with two saves at once, processes wait for different ones
                 items = self._finite_copy(step, state).items()
+                if not self._best_counts:
+                    self._best.clear()
+                    self._best_counts = True
                 self._best.save(step, items, {**self._about, "AP": ap})
                 self._best.wait()  # a logged evaluation is not repeated after a kill
-        self._log.write("val", step, evaluation.metrics)
+        self._log.write("val", step, evaluation.metrics, data=self._about["data"]["val"])
         self._log.flush()
         self._restart()
 

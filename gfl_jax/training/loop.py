@@ -4,22 +4,22 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
-from gfl_jax.data.classes import class_error
 from gfl_jax.data.pipeline import batches
-from gfl_jax.data.plan import BatchPlan, train_plan
+from gfl_jax.data.plan import train_plan
 from gfl_jax.data.records import PreparedSplit
 from gfl_jax.data.sources import Data
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.distributed import REPLICATED, SHARDED, Pmap, ShardMap, prefetch
-from gfl_jax.errors import InputError
-from gfl_jax.hosts import Preempted, print_once, stop_requests
+from gfl_jax.hosts import INTERRUPTED, Preempted, print_once, stop_requests
 from gfl_jax.models.network import Network, Variables
 from gfl_jax.paths import PathLike, as_path
 from gfl_jax.training.evaluator import Evaluator
 from gfl_jax.training.instruments import Clock, Profiler, keep_compiled
+from gfl_jax.training.lock import held
 from gfl_jax.training.logbook import Logbook
+from gfl_jax.training.start import announce, check, check_resumed, key_of, with_warmup_that_ends
 from gfl_jax.training.step import (
     Train,
     TrainState,
@@ -59,22 +59,28 @@ def fit(
         devices: the device mapping.
         workdir: the work directory, local or `gs://...`.
         initial: makes the initial weights of a new run.
-        about: stored in every checkpoint.
+        about: stored in every checkpoint, with keys of the data and the steps of an epoch.
 
     Raises:
-        Preempted: SIGTERM arrived; the state is saved.
+        Preempted: SIGTERM or Ctrl-C arrived; the state is saved.
         OSError: a checkpoint could not be written; earlier ones are intact.
         NonFiniteLossError: a loss is not finite; nothing of that step is saved.
         ValueError: the batch cannot be split evenly over the devices, processes see different
-            checkpoints, the checkpoint is of another model, or the splits have different classes.
+            checkpoints, the checkpoint is of another model or other classes, the splits have
+            different classes, or another run is using the work directory.
     """
     detector.resolve()
-    _check(train, devices, train_split, val_split)
+    check(train, devices, train_split, val_split)
     workdir = as_path(workdir)
     plan = train_plan(data, train_split, train.batch_size, train.seed)
     per_epoch = plan.steps_per_epoch
     total = train.epochs * per_epoch
+    train = with_warmup_that_ends(train, per_epoch)
+    keys = {"train": key_of(train_split), "val": key_of(val_split)}
+    about = {**about, "data": keys, "steps_per_epoch": per_epoch}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(held(workdir, devices))
+
         # ------------------------------------------------------------------ instruments
         clock = stack.enter_context(Clock())
         stack.callback(lambda: print_once(str(clock)))
@@ -94,9 +100,10 @@ def fit(
         # ------------------------------------------------------------------ where it left off
         log = stack.enter_context(Logbook(workdir, devices, about, clock, train.log_every))
         start, last = log.start, max(log.start, total)
+        check_resumed(log.before, about, start, train.epochs)
         restored = log.restore(abstract_state(network, train))
         state = devices.replicate(restored or init_state(initial(), optimizer, train))
-        _announce(plan, train, devices, log, resumed=restored is not None)
+        announce(plan, train, devices, start, log.folder, log.evaluated)
 
         # ------------------------------------------------------------------ steps
         feed = batches(plan, train_split, range(start, last), data, devices.share)
@@ -106,8 +113,8 @@ def fit(
         stop = stack.enter_context(stop_requests())
 
         def save_and_stop_if_asked(step: int, state: TrainState) -> None:
-            if stop():
-                _save_and_stop(log, step, state, total)
+            if status := stop():
+                _save_and_stop(log, step, state, total, status)
 
         checkpoint_every = train.checkpoint_every or per_epoch
         eval_every = (train.eval_every or train.epochs) * per_epoch
@@ -130,51 +137,14 @@ def fit(
                 log.save(step + 1, state)
 
 
-def _save_and_stop(log: Logbook, step: int, state: TrainState, total: int) -> None:
+def _save_and_stop(log: Logbook, step: int, state: TrainState, total: int, status: int) -> NoReturn:
     """Saves a checkpoint and stops the run."""
     began = time.perf_counter()
     log.save(step, state, wait=True)
     seconds = time.perf_counter() - began
+    reason = "stopped by Ctrl-C" if status == INTERRUPTED else "SIGTERM received"
     print_once(
-        f"\nSIGTERM received: saved step {step} of {total} ({seconds:.1f} s). Rerun the same "
-        "command to resume."
+        f"\n{reason}: saved step {step} of {total} ({seconds:.1f} s). Rerun the same command to "
+        "resume."
     )
-    raise Preempted
-
-
-def _check(
-    train: Train, devices: Pmap | ShardMap, train_split: PreparedSplit, val_split: PreparedSplit
-) -> None:
-    """Raises errors that can be found before anything starts."""
-    ours, theirs = (
-        list(zip(split.category_ids, split.category_names, strict=True))
-        for split in (train_split, val_split)
-    )
-    if ours != theirs:
-        raise class_error("training", ours, "evaluation", theirs)
-    if train.batch_size % (devices.count * train.accumulate):
-        raise InputError(
-            f"train.batch_size {train.batch_size} is not a multiple of {devices.count} devices x "
-            f"train.accumulate {train.accumulate}"
-        )
-
-
-def _announce(
-    plan: BatchPlan, train: Train, devices: Pmap | ShardMap, log: Logbook, *, resumed: bool
-) -> None:
-    """Prints what is about to happen."""
-    total = train.epochs * plan.steps_per_epoch
-    if log.start > total:
-        print_once(
-            f"the checkpoint is at step {log.start}, --train.epochs {train.epochs} ends at "
-            f"{total}: nothing left to train" + ("" if log.evaluated else "; evaluating")
-        )
-    elif resumed:
-        print_once(f"resuming from step {log.start} of {total} in {log.folder}")
-    unusable = len(plan.sizes) - len(plan.indices)
-    print_once(
-        f"training on {len(plan.indices)} images ({unusable} left out: no objects, or under 32 "
-        f"pixels), {plan.steps_per_epoch} steps per epoch, {total} in all\n"
-        f"learning rate {train.lr:g} for 16 images x batch {train.batch_size} / 16 = "
-        f"{train.lr * train.batch_size / 16:g}, on {devices.count} x {devices.kind}"
-    )
+    raise Preempted(status)

@@ -59,13 +59,14 @@ class MetricsLog:
             self.flush()
             self._events = _summary_writer(self._workdir, start)
 
-    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Adds an entry; `step` counts steps taken.
+    def write(self, kind: str, step: int, values: Mapping[str, float], **words: str) -> None:
+        """Adds an entry; `step` counts steps taken, `words` stand beside the numbers.
 
         Raises:
             WriteError: the file could not be written.
         """
-        entry = {"kind": kind, "step": step, **{k: float(v) for k, v in values.items()}}
+        numbers = {name: float(value) for name, value in values.items()}
+        entry = {"kind": kind, "step": step, **numbers, **words}
         self.entries.append(entry)
         if not self._writes:
             return
@@ -89,9 +90,9 @@ class MetricsLog:
         ended = time.perf_counter()
         self._next = ended + min((ended - began) / SHARE, LONGEST)
 
-    def has(self, kind: str, step: int) -> bool:
-        """Whether there is an entry of this kind for this step."""
-        return any(entry["kind"] == kind and entry["step"] == step for entry in self.entries)
+    def last(self, kind: str) -> dict[str, Any]:
+        """The newest entry of this kind; empty if there is none."""
+        return next((e for e in reversed(self.entries) if e["kind"] == kind), {})
 
     def close(self) -> None:
         """Flushes file and events."""
