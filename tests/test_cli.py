@@ -1,6 +1,7 @@
 """Config files, fields as flags, and errors without tracebacks."""
 
 import dataclasses
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated
 import pytest
 import tyro
 
+from gfl_jax import __main__ as front_door
 from gfl_jax import errors, systems
 from gfl_jax.assign import ATSS, FCOS, MaxIoU
 from gfl_jax.cli import (
@@ -20,6 +22,7 @@ from gfl_jax.cli import (
     plain_errors,
     positional,
     run_name,
+    write_anything,
 )
 from gfl_jax.config import Experiment, Row, Train
 from gfl_jax.detectors.box import Gaussian, GeneralDistribution, SmoothL1
@@ -346,6 +349,21 @@ def test_configs_import_those_beside_them_and_those_of_the_package(tmp_path):
     assert not [name for name in sys.modules if name == "configs.base"]
 
 
+@pytest.mark.parametrize("lr", [0.25, 0.5])
+def test_a_config_imports_the_file_beside_it_as_any_program_does(tmp_path, lr):
+    """Files of the same name in another folder are others."""
+    (tmp_path / "base_of_mine.py").write_text(f"LR = {lr}\n")
+    (tmp_path / "mine.py").write_text(
+        "from base_of_mine import LR\n"
+        "from gfl_jax.config import Experiment, Train\n"
+        "experiment = Experiment(train=Train(lr=LR))\n"
+    )
+    path = list(sys.path)
+    assert load_experiment(tmp_path / "mine.py").train.lr == lr
+    assert sys.path == path
+    assert "base_of_mine" not in sys.modules
+
+
 def test_a_value_that_cannot_be_is_named_with_its_file(tmp_path):
     file = written(tmp_path, EXPERIMENT.replace("epochs=3", "batch_size=0"))
     with pytest.raises(ValueError, match=r"batch_size"):
@@ -415,6 +433,43 @@ def test_a_missing_extra_is_named():
 
 
 # ------------------------------------------------------------------------------- the front door
+
+
+def test_names_that_the_terminal_cannot_write_are_escaped(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    write_anything()
+    print("猫 0.5", flush=True)
+    assert written.getvalue() == b"\\u732b 0.5\n"
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(front_door, "_run", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        front_door.main(["train"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "\nstopped by Ctrl-C\n"
+
+
+TWICE = """
+import hashlib, os, signal, threading
+from gfl_jax.cli import second_interrupt_ends
+second_interrupt_ends()
+kill = lambda: os.kill(os.getpid(), signal.SIGINT)
+threading.Timer(0.1, kill).start()
+threading.Timer(0.6, kill).start()
+hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # Python's handlers wait for this
+"""
+
+
+@pytest.mark.alone
+def test_a_second_interrupt_ends_what_no_handler_could_stop():
+    done = program(start=("-c", TWICE))
+    assert done.returncode == 130
+    assert done.stderr == "\nCtrl-C twice: ended without saving\n"
 
 
 def program(*arguments, start=("-m", "gfl_jax")):

@@ -18,7 +18,7 @@ from tiny_experiment import CONFIG
 from gfl_jax import hosts
 from gfl_jax.cli import load_experiment
 from gfl_jax.errors import SetupError
-from gfl_jax.hosts import PREEMPTED, Hosts
+from gfl_jax.hosts import INTERRUPTED, PREEMPTED, Hosts
 from gfl_jax.models.network import Network
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.metrics import read_metrics
@@ -87,6 +87,35 @@ def test_a_slice_whose_hosts_are_not_connected_is_an_error_with_the_remedy(monke
 def test_impossible_hosts_are_named(given, named):
     with pytest.raises(ValueError, match=named):
         Hosts(**given)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)]
+)
+def test_a_signal_is_a_request_to_stop(number, status):
+    before = signal.getsignal(number)
+    with hosts.stop_requests() as stop:
+        assert stop() == 0
+        signal.raise_signal(number)
+        assert stop() == stop() == status
+    assert signal.getsignal(number) is before
+
+
+def test_of_several_processes_each_passes_ctrl_c_on(monkeypatch):
+    """The handler of jax, which hears SIGTERM, tells the others."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(True))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        hosts.multihost_utils, "reached_preemption_sync_point", lambda _: bool(heard)
+    )
+    try:
+        with hosts.stop_requests() as stop:
+            assert stop() == 0
+            signal.raise_signal(signal.SIGINT)
+            assert stop() == INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ---------------------------------------------------------------------------- runs
