@@ -183,9 +183,12 @@ def make_shapes(root: str | os.PathLike[str], spec: Shapes) -> Path:
             for split, count in zip(SPLITS, (spec.num_train, spec.num_val), strict=True):
                 (partial / split).mkdir()
                 write = functools.partial(_write_image, partial, spec, split)
-                with ThreadPoolExecutor(os.cpu_count()) as pool:
+                pool = ThreadPoolExecutor(os.cpu_count())
+                try:
                     made = pool.map(write, range(count))
                     scenes = list(tqdm(made, f"making shapes/{split}", count, unit="image"))
+                finally:
+                    pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the others
                 content = json.dumps(_annotations(spec, split, scenes))
                 (partial / "annotations" / f"instances_{split}.json").write_text(content)
             (partial / "spec.json").write_text(json.dumps(_described(spec), indent=4) + "\n")
