@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from gfl_jax.errors import InputError, MissingFileError
+from gfl_jax.paths import size_of_file
 
 FORMAT = 2
 MANIFEST = "manifest.json"

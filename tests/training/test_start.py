@@ -12,6 +12,7 @@ from gfl_jax.training.start import announce, check_resumed, key_of, with_warmup_
 from gfl_jax.training.step import Train, learning_rate
 
 ABOUT = {
+    "category_ids": [1, 2],
     "category_names": ["cat", "dog"],
     "data": {"train": "t", "val": "v"},
     "steps_per_epoch": 4,
@@ -50,16 +51,23 @@ def test_a_tiny_set_trains_at_the_learning_rate_that_is_printed():
 def test_the_same_data_says_nothing(capsys):
     check_resumed(ABOUT, ABOUT, 8, 3)
     check_resumed({}, ABOUT, 0, 3)
-    check_resumed({"category_names": ["cat", "dog"]}, ABOUT, 8, 3)  # an earlier version's
+    earlier_version = {name: ABOUT[name] for name in ("category_ids", "category_names")}
+    check_resumed(earlier_version, ABOUT, 8, 3)
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("names", [["dog", "cat"], ["cat", "horse"], ["cat"]])
-def test_other_classes_stop_with_both_lists(names):
-    with pytest.raises(InputError) as error:
-        check_resumed(ABOUT | {"category_names": names}, ABOUT, 8, 3)
-    for listed in (names, ["cat", "dog"]):
-        assert str(listed) in str(error.value)
+@pytest.mark.parametrize(
+    ("ids", "names", "listed"),
+    [
+        ([1, 2], ["dog", "cat"], ["1 'dog', 2 'cat'", "1 'cat', 2 'dog'"]),
+        ([1, 2], ["cat", "horse"], ["2 'horse'", "2 'dog'"]),
+        ([1], ["cat"], ["no other", "2 'dog'"]),
+    ],
+)
+def test_other_classes_stop_with_both_lists(ids, names, listed):
+    with pytest.raises(InputError, match="another --workdir") as error:
+        check_resumed(ABOUT | {"category_ids": ids, "category_names": names}, ABOUT, 8, 3)
+    assert f"the checkpoint {listed[0]}; the data {listed[1]}" in str(error.value)
 
 
 @pytest.mark.parametrize(
