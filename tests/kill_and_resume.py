@@ -90,8 +90,8 @@ class Runs:
                         cwd=Path(__file__).parents[1],
                         stdout=log,
                         stderr=subprocess.STDOUT,
-                        env=os.environ
-                        | {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")},
+                        env={"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
+                        | os.environ,
                     )
                 )
         return started
