@@ -57,9 +57,7 @@ def with_warmup_that_ends(train: Train, steps_per_epoch: int) -> Train:
     return shorter
 
 
-def check_resumed(
-    before: Mapping[str, Any], about: Mapping[str, Any], start: int, epochs: int
-) -> None:
+def check_resumed(before: Mapping[str, Any], about: Mapping[str, Any], start: int) -> None:
     """Checks that a checkpoint is of these classes, and says where it is of other data.
 
     Args:
@@ -67,7 +65,6 @@ def check_resumed(
             version did not write down `data` and `steps_per_epoch`.
         about: what is stored in the checkpoints of this run.
         start: steps taken.
-        epochs: length of the training.
 
     Raises:
         InputError: it was trained on other classes.
@@ -96,7 +93,7 @@ def check_resumed(
     if (earlier := before.get("steps_per_epoch", length)) != length:
         print_once(
             f"an epoch has {length} steps, it had {earlier}: step {start} was the end of epoch "
-            f"{start / earlier:.4g} and is that of epoch {start / length:.4g} of {epochs}"
+            f"{start / earlier:.4g} and is that of epoch {start / length:.4g}"
         )
 
 
