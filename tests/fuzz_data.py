@@ -196,7 +196,7 @@ def outcome(raw: RawSplit, cache: Path, on_error: str) -> str:
     assert on_error == "skip" or not report["problems"], "problems were passed over"
     if on_error == "skip":
         adds_up(json.loads(raw.annotations.read_bytes()), report, set(split.image_ids.tolist()))
-    used_alike(split)
+        used_alike(split)
     return "in part" if report["problems"] else "whole"
 
 

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -194,7 +195,7 @@ def check(
     Raises:
         DataError: there are problems, with "raise"; or nothing is left.
     """
-    if images and not images.is_dir():
+    if images and not os.path.isdir(images):
         raise data_error("missing image folder", images, "no such folder")
     listed = {
         entry["id"]: str(entry.get("file_name", file))
@@ -230,7 +231,7 @@ def check(
     entries = {}
     for image_id, image in sorted(by_id("images").items()):
         name = image["file_name"]
-        if images and not (images / name).is_file():
+        if images and not os.path.isfile(images / name):  # False too for what cannot be a name
             report("missing image file", "no such file in the image folder", image_id)
             continue
         entries[image_id] = ImageEntry(image_id, name, (image["height"], image["width"]), image)
@@ -274,9 +275,12 @@ def read_json(file: Path) -> tuple[dict[str, Any], str]:
     Raises:
         DataError: there is no such file, or it is not a COCO json.
     """
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise data_error("missing annotation file", file, "no such file")
-    data = file.read_bytes()
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise data_error("unreadable annotation file", file, str(error)) from error
 
     def without_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
         entry.pop("segmentation", None)  # most of the file, and not used

@@ -169,7 +169,7 @@ def make_table(
     boxes, labels, crowd, rule = zip(*flat, strict=True) if flat else ((), (), (), ())
     return Table(
         np.array(image_ids, np.int64),
-        np.array([name.encode() for name in filenames], np.bytes_),
+        np.array([name.encode("utf-8", "surrogateescape") for name in filenames], np.bytes_),
         np.array(sizes, np.int32).reshape(-1, 2),
         np.cumsum([0, *map(len, objects)], dtype=np.int64),
         np.array(boxes, np.float64).reshape(-1, 4).astype(np.float32),

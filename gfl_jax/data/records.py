@@ -109,14 +109,14 @@ class RecordSource:
         for index in indices:
             if not 0 <= index < len(self):
                 raise IndexError(f"image {index} of {len(self)}")
-        if self._images is None:
-            self._images = self._open_images()
         try:
+            if self._images is None:
+                self._images = self._open_images()
             encoded = self._images.__getitems__(indices)
         except (OSError, RuntimeError) as error:
             raise InputError(
-                f"{self.name} is damaged ({error}): delete the folder, the next start prepares the "
-                "data again; or copy it again, if it is a copy"
+                f"{self.name} is damaged ({error}): prepare or copy it again (in the cache: delete "
+                "the folder, and the next start prepares it)"
             ) from error
         return [self._record(*pair) for pair in zip(indices, encoded, strict=True)]
 
@@ -127,7 +127,7 @@ class RecordSource:
         return {
             "image": image,
             "image_id": int(table.image_ids[index]),
-            "filename": table.filenames[index].decode(),
+            "filename": table.filenames[index].decode("utf-8", "surrogateescape"),
             "height": height,
             "width": width,
             "boxes": table.boxes[objects],

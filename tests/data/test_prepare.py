@@ -516,10 +516,22 @@ def test_images_that_were_purged_from_the_cache_are_prepared_again(tmp_path, dam
     assert len(list(prepare(folder, tmp_path / "cache").source)) == 4
 
 
+def test_file_names_may_be_of_any_encoding_and_length(tmp_path):
+    latin_1 = os.fsdecode(b"caf\xe9.jpg")
+    image_file(tmp_path / "images" / "a.jpg")
+    try:
+        (tmp_path / "images" / "a.jpg").rename(tmp_path / "images" / latin_1)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    images = [entry(1, file_name=latin_1), entry(2, file_name="x" * 5000), entry(3)]
+    split = prepare(make(tmp_path, images=images), tmp_path / "cache", "skip")
+    assert [record["filename"] for record in split.source] == [latin_1, "3.jpg"]
+
+
 def test_a_damaged_image_of_the_cache_is_named_when_it_is_read(tmp_path):
     split = prepare(make(tmp_path), tmp_path / "cache")
     overwritten(Path(next(iter(split.annotations.parent.glob("*.array_record")))))
-    with pytest.raises(InputError, match=r"cache/a-.*:val is damaged .*delete the folder"):
+    with pytest.raises(InputError, match=r"cache/a-.*:val is damaged .*delete"):
         list(split.source)
 
 
