@@ -63,6 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
 
         print(f"gfl-jax {__version__}")
         return
+    if not name:
+        print(USAGE, file=sys.stderr)
+        sys.exit(2)
     if name not in COMMANDS:
         near = "".join(
             f"; did you mean {n}?" for n in difflib.get_close_matches(name, COMMANDS)[:1]

@@ -59,7 +59,10 @@ def find_config(name: str | Path) -> tuple[Path, str]:
         file = CONFIGS / f"{base}.py"
     if not file.is_file():
         known = sorted(path.stem for path in CONFIGS.glob("*.py"))
-        near = difflib.get_close_matches(Path(base).name, known, n=5, cutoff=0.5) or known
+        near = difflib.get_close_matches(Path(base).name, known, n=5, cutoff=0.5)
+        if file.parent != CONFIGS and not near:
+            raise MissingFileError(f"there is no config file {file.absolute()}")
+        near = near or known
         raise MissingFileError(
             f"there is no config {name}; of those that come with gfl_jax, did you mean "
             f"{', '.join(near)}? Files of your own are named by their path, which ends in .py"

@@ -50,5 +50,7 @@ def needs(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"{error.name} is not installed: pip install 'gfl-jax[{extra}]'", name=error.name
+            f"{error.name} is not installed: it comes with the extra gfl-jax[{extra}], in a "
+            f"checkout pip install '.[{extra}]'",
+            name=error.name,
         ) from error

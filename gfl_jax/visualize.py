@@ -176,5 +176,5 @@ def finish(workdir: epath.PathLike, split: PreparedSplit, seconds: float) -> Non
         f"  curves      {curves}\n"
         f"  checkpoint  {workdir / 'checkpoints'}, best in {workdir / 'best'}\n"
         f"  results     {workdir / 'results.json'}, {workdir / 'metrics.jsonl'}\n"
-        f"next: python eval.py {workdir}   for all twelve numbers, every class and images/s"
+        f"next: python -m gfl_jax eval {workdir}   for all twelve numbers, every class and images/s"
     )

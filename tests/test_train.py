@@ -137,7 +137,7 @@ def test_a_run_trains_evaluates_and_draws(finished, workspace):
     assert (workdir / "tensorboard").is_dir()
     assert "27 in all" in printed
     assert "0.02 for 16 images x batch 8 / 16 = 0.01, on 8 x" in printed
-    assert f"python eval.py {workdir}" in printed
+    assert f"python -m gfl_jax eval {workdir}" in printed
 
 
 def test_a_run_follows_its_schedule(finished):

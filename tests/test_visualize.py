@@ -123,7 +123,7 @@ def test_a_finished_run_says_where_everything_is(tmp_path, split, capsys, found)
     assert "AP 0.250" in printed
     assert "AP50 0.500" in printed
     assert "1.5 minutes" in printed
-    assert f"python eval.py {tmp_path}" in printed
+    assert f"python -m gfl_jax eval {tmp_path}" in printed
     for name in ("detections.png", "curves.png"):
         assert str(tmp_path / name) in printed
         assert cv2.imread(str(tmp_path / name)).std() > 5

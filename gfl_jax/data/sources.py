@@ -155,7 +155,7 @@ class Data:
                     "image is stretched to data.scale"
                 )
         elif self.augmentation == "ssd":
-            raise InputError("data.augmentation 'ssd' stretches images: use data.keep_ratio False")
+            raise InputError("data.augmentation 'ssd' stretches images: use --data.no-keep-ratio")
         for field in ("repeats", "worker_threads", "worker_batches", "shared_batches"):
             if getattr(self, field) < 1:
                 raise InputError(f"data.{field} is {getattr(self, field)}; it must be at least 1")

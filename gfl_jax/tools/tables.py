@@ -24,7 +24,7 @@ from gfl_jax.config import Data, Experiment, Row, Train, from_dict, to_dict
 from gfl_jax.data.manifest import MANIFEST
 from gfl_jax.data.sources import Prepared, Shapes, open_split
 from gfl_jax.distributed import parallel
-from gfl_jax.errors import InputError, MissingFileError, UsageError
+from gfl_jax.errors import InputError, MissingExtraError, MissingFileError, UsageError
 from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.models.network import Network
 from gfl_jax.paths import PathLike, as_path, write
@@ -101,7 +101,7 @@ def data_of(source: str, budget: str, own: Data) -> Data:
         data = load_experiment(f"{file}.py" if root else source).data
         if root:
             data = dataclasses.replace(data, source=_moved(data.source, root))
-    elif (Path(source).expanduser() / MANIFEST).is_file():
+    elif (as_path(source) / MANIFEST).exists():
         data = dataclasses.replace(own, source=Prepared(source))
     elif Path(source).expanduser().is_dir():
         data = dataclasses.replace(own, source=_moved(own.source, source))
@@ -307,12 +307,12 @@ def main(
     """
     if not tables:
         raise UsageError(f"name at least one table: {', '.join(TABLES)}")
+    every = {table: jobs_of(table, configs) for table in tables}
     if not data and budget == "full" and not only_list:
         raise UsageError("the full budget needs --data FOLDER (COCO 2017); or use --budget small")
     data, folder = data or "shapes", as_path(out)
     chosen: dict[str, dict[str, tuple[Row, str]]] = {}
-    for table in tables:
-        jobs = jobs_of(table, configs)
+    for table, jobs in every.items():
         chosen[table] = {k: v for k, v in jobs.items() if fnmatch.fnmatch(k, rows)}
         if not chosen[table]:
             raise InputError(f"table {table} has no row {rows!r}; it has {', '.join(jobs)}")
@@ -349,5 +349,9 @@ def main(
         file = folder / f"table_{table}"
         write(file.with_suffix(".md"), text)
         write(file.with_suffix(".json"), json.dumps(dict(zip(jobs, runs, strict=True))))
-        plot(file.with_suffix(".png"), f"table {table}: {budget} budget, {data}", values, runs)
-        print(f"\ntable {table}\n\n{text}\n{file}.md, .png, .json")
+        print(f"\ntable {table}\n\n{text}\n{file}.md, .json")
+        try:
+            plot(file.with_suffix(".png"), f"table {table}: {budget} budget, {data}", values, runs)
+            print(f"{file}.png")
+        except MissingExtraError as error:
+            print(f"not drawn: {error}")

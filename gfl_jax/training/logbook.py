@@ -102,6 +102,7 @@ class Logbook:
             unit=" steps",
             smoothing=0.05,
             disable=not is_first(),
+            postfix="the first step compiles, which takes a while",
         )
         self._restart()
 
@@ -136,6 +137,8 @@ class Logbook:
             values = self._devices.fetch_replicated(scalars)
         if not np.isfinite(list(values.values())).all():
             check_finite(step, values, self._devices.fetch_sharded(per_image), host.image_ids)
+        if step == self.start:
+            self._progress.set_postfix_str("")
         self._images += int(host.image_mask.sum())
         if (step + 1) % self._every == 0:
             rate = self._images / (time.perf_counter() - self._since)

@@ -83,7 +83,7 @@ def fit(
 
         # ------------------------------------------------------------------ instruments
         clock = stack.enter_context(Clock())
-        stack.callback(lambda: print_once(str(clock)))
+        stack.callback(lambda: print_once(str(clock)) if clock.seconds["steps"] else None)
         profiler = stack.enter_context(Profiler(train.profile_steps, workdir))
         keep_compiled(workdir)
 

@@ -22,12 +22,12 @@ def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
     """The entries of `workdir/metrics.jsonl` in order; invalid lines are left out."""
     file = as_path(workdir) / FILE
     entries = []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    for line in file.read_bytes().splitlines() if file.exists() else []:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except ValueError:  # UnicodeDecodeError is one
             continue
-        if isinstance(entry, dict) and {"kind", "step"} <= set(entry):
+        if isinstance(entry, dict) and "kind" in entry and type(entry.get("step")) is int:
             entries.append(entry)
     return entries
 

@@ -67,10 +67,11 @@ def test_a_last_line_cut_short_by_a_kill_is_left_out(tmp_path, cut):
 def test_a_damaged_line_loses_no_other(tmp_path):
     written(tmp_path, [1, 2, 3, 4])
     file = tmp_path / "metrics.jsonl"
-    lines = file.read_text().splitlines()
+    lines = file.read_bytes().splitlines()
     lines[1] = lines[1][:9]
-    lines.insert(3, "3")  # JSON, but no entry
-    file.write_text("\n".join(lines))
+    others = b"3", b'{"kind": "train", "step": "x"}', b'{"step": null, "kind": "val"}', b"\x80\xfe"
+    lines[3:3] = others
+    file.write_bytes(b"\n".join(lines))
     assert steps_of(tmp_path) == [1, 3, 4]
     written(tmp_path, [5], start=4)
     assert steps_of(tmp_path) == [1, 3, 4, 5]

@@ -5,7 +5,7 @@
         [--any.field VALUE]
 
 Compiles the whole train step and the predictions with the compiler that real TPUs use
-(`pip install "gfl-jax[tpu-preflight]"`), and reports the memory of a chip, what is sent between
+(`pip install ".[tpu-preflight]"`), and reports the memory of a chip, what is sent between
 chips, and an estimate of how long a step takes and where the time goes. Nothing is computed and no
 data is opened. A full-size step takes long to compile: gfl_r50's 6 to 10 minutes on one core. Given
 several batches, a table says which one is best.

@@ -74,7 +74,7 @@ def topology_devices(topology: str) -> list[jax.Device]:
         import libtpu  # type: ignore[import-not-found]
     except ImportError as error:
         raise SetupError(
-            "the compiler for TPUs is not installed: pip install 'gfl-jax[tpu-preflight]', that is "
+            "the compiler for TPUs is not installed: pip install '.[tpu-preflight]', that is "
             f"'jax[tpu]=={jax.__version__}'"
         ) from error
     chip, chips = CHIPS[version], math.prod(map(int, shape.split("x")))
