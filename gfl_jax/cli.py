@@ -17,6 +17,7 @@ import runpy
 import signal
 import sys
 import threading
+import traceback
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +131,18 @@ def _run(file: Path) -> dict[str, Any]:
             return runpy.run_path(str(file))
         except UserError as error:
             raise InputError(f"{file}: {error}") from error
+        except Exception as error:
+            raise InputError(f"{_place(error, file)}: {type(error).__name__}: {error}") from error
+
+
+def _place(error: Exception, file: Path) -> str:
+    """Where in a config, or in a file beside it that it imports, an error arose."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if Path(frame.filename).resolve().parent == file.resolve().parent:
+            return f"{frame.filename}, line {frame.lineno} ({frame.line})"
+    return str(file)
 
 
 @contextlib.contextmanager

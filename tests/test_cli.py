@@ -292,6 +292,29 @@ def test_a_file_that_is_not_there_is_named(tmp_path, row):
         load_experiment(f"{tmp_path / 'none.py'}{row}")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "\nTrain(batchsize=8)",
+            r"x\.py, line 3 \(Train\(batchsize=8\)\): TypeError: .*'batchsize'",
+        ),
+        (
+            "from configs.none import a",
+            r"x\.py, line 2 \(.*\): ModuleNotFoundError: .*configs\.none",
+        ),
+        ("x = (", r"x\.py, line 2: SyntaxError: '\(' was never closed"),
+        ("from other import a", r"other\.py, line 1 \(a = 1 / 0\): ZeroDivisionError"),
+        ("Train(batch_size=0)", r"x\.py: .*batch_size"),
+    ],
+)
+def test_a_mistake_in_a_config_names_its_line(tmp_path, text, message):
+    (tmp_path / "other.py").write_text("a = 1 / 0")
+    (tmp_path / "x.py").write_text(f"from gfl_jax.config import Train\n{text}")
+    with pytest.raises(errors.InputError, match=message):
+        load_experiment(tmp_path / "x.py")
+
+
 @pytest.mark.parametrize("text", ["", "rows = {}", "rows = {'a': 1}", EXPERIMENT])
 def test_rows_that_are_none_are_an_error(tmp_path, text):
     with pytest.raises(errors.InputError, match=r"table\.py must define `rows`"):
