@@ -12,10 +12,9 @@ from etils import epath
 
 from gfl_jax.data.coco_format import OnError
 from gfl_jax.data.folders import locked, new_folder
-from gfl_jax.data.manifest import FORMAT, read_entry, read_small, sealed, unsealed
+from gfl_jax.data.manifest import FORMAT, sealed, unsealed, whole
 from gfl_jax.data.prepare import RawSplit, write_prepared
 from gfl_jax.data.records import PreparedSplit, open_prepared
-from gfl_jax.errors import UserError
 
 
 def open_in_cache(name: str, raw: RawSplit, cache_dir: Path, on_error: OnError) -> PreparedSplit:
@@ -50,8 +49,8 @@ def open_in_cache(name: str, raw: RawSplit, cache_dir: Path, on_error: OnError) 
     stamp = _stamps(raw.annotations.parent, [raw.annotations.name]).tolist()
     if known["annotations"] == stamp:
         folder = folder_of(known)
-        if folder.name in known["folders"] and (split := _whole(folder, name)):
-            return split
+        if folder.name in known["folders"] and whole(epath.Path(folder), name):
+            return open_prepared(folder, name)
     with locked(memory):
         known = _recall(memory)
         if known["annotations"] != stamp:
@@ -60,13 +59,11 @@ def open_in_cache(name: str, raw: RawSplit, cache_dir: Path, on_error: OnError) 
             known |= {"annotations": stamp, "sha256": digest, "names": names}
         folder = folder_of(known)
         with locked(folder):
-            split = _whole(folder, name)
-            if not split:
+            if not whole(epath.Path(folder), name):
                 if folder.exists():
                     print(f"{folder} is incomplete or damaged: preparing it again")
                 with new_folder(folder) as partial:
                     write_prepared(partial, {name: raw}, on_error)
-                split = open_prepared(folder, name)
         earlier = [n for n in known["folders"] if n != folder.name and (cache_dir / n).is_dir()]
         for other in earlier:
             print(
@@ -77,18 +74,7 @@ def open_in_cache(name: str, raw: RawSplit, cache_dir: Path, on_error: OnError) 
         new = memory.with_suffix(".new")
         new.write_text(sealed(known))
         new.replace(memory)
-    return split
-
-
-def _whole(folder: Path, name: str) -> PreparedSplit | None:
-    """A split that is in the cache as it was written; else None."""
-    try:
-        entry = read_entry(epath.Path(folder), name)
-        for file in entry["crc32"]:
-            read_small(epath.Path(folder), entry, file)
-        return open_prepared(folder, name)
-    except (UserError, OSError):
-        return None
+    return open_prepared(folder, name)
 
 
 def _recall(memory: Path) -> dict[str, Any]:

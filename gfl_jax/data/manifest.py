@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from gfl_jax.errors import InputError, MissingFileError
+from gfl_jax.errors import InputError, MissingFileError, UserError
 from gfl_jax.paths import size_of_file
 
 FORMAT = 2
@@ -35,7 +35,7 @@ def split_entry(folder: epath.Path, split: str, shards: Mapping[str, int]) -> di
         split: name, and that of its folder.
         shards: number of images in each file of images, by names relative to the folder.
     """
-    small = [f"{split}/{file}" for file in ("table.npz", "annotations.json", "report.json")]
+    small = sorted({f"{split}/{file.name}" for file in (folder / split).iterdir()} - {*shards})
     return {
         "shards": {name: count for name, count in shards.items() if count},
         "bytes": {name: size_of_file(folder / name) for name in (*shards, *small)},
@@ -97,6 +97,20 @@ def read_entry(folder: epath.Path, split: str) -> dict[str, Any]:
             state = f"has {found[name]} bytes, not {expected}"
             state = "is missing" if found[name] < 0 else state
             raise InputError(f"{folder / name} {state}: {_AGAIN}")
+    return entry
+
+
+def whole(folder: epath.Path, split: str) -> dict[str, Any] | None:
+    """What the manifest says of a split of which all but the images' content was checked.
+
+    None if there is none, or it is not as it was written.
+    """
+    try:
+        entry = read_entry(folder, split)
+        for name in entry["crc32"]:
+            read_small(folder, entry, name)
+    except (UserError, OSError):
+        return None
     return entry
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from gfl_jax.data import images
 from gfl_jax.data.coco_format import check, data_error, for_evaluation, read_json
 from gfl_jax.data.folders import local_folder, locked, new_folder
-from gfl_jax.data.manifest import FORMAT
+from gfl_jax.data.manifest import FORMAT, read_entry, split_entry, whole, write_manifest
 from gfl_jax.data.prepare import make_table, save_table
 from gfl_jax.data.records import FLAGGED, THIN, PreparedSplit, RecordSource, load_table
 
@@ -101,20 +101,20 @@ def open_tfds(
         status = annotations.stat()
         key.update(f"{annotations} {status.st_size} {status.st_mtime_ns}".encode())
     folder = cache_dir / f"tfds-{key.hexdigest()[:16]}"
-    if not folder.exists():
+    if not whole(epath.Path(folder), "read"):
         with locked(folder):
-            if not folder.exists():
+            if not whole(epath.Path(folder), "read"):
                 with new_folder(folder) as partial:
                     _write(epath.Path(partial), encoded, annotations)
-    table = load_table((folder / "table.npz").read_bytes())
-    category_ids = json.loads((folder / "category_ids.json").read_text())
-    kept = epath.Path(folder / "annotations.json")
+    entry = read_entry(epath.Path(folder), "read")
+    table = load_table((folder / "read" / "table.npz").read_bytes())
+    kept = epath.Path(folder / "read" / "annotations.json")
     return PreparedSplit(
         RecordSource(
             f"{directory}:{split}", functools.partial(TfdsImages, directory, split), table
         ),
         table,
-        category_ids,
+        entry["category_ids"],
         encoded.info.features["objects"]["label"].names,
         kept if annotations else None,
     )
@@ -134,7 +134,7 @@ def _directory(name: str, data_dir: Path) -> Path:
 
 
 def _write(folder: epath.Path, encoded: TfdsImages, annotations: Path | None) -> None:
-    """Reads all examples and writes table.npz, category_ids.json and, with a json, annotations.
+    """Reads all examples and writes what is known of them, as a split `read` without images.
 
     Raises:
         DataError: the json belongs to another data set.
@@ -165,12 +165,16 @@ def _write(folder: epath.Path, encoded: TfdsImages, annotations: Path | None) ->
             raise data_error("absent image", annotations or file, detail)
         image_ids.append(image_id)
         filenames.append(file)
-    save_table(folder / "table.npz", make_table(image_ids, filenames, sizes, objects))
-    (folder / "category_ids.json").write_text(json.dumps(category_ids))
+    made = folder / "read"
+    made.mkdir()
+    save_table(made / "table.npz", make_table(image_ids, filenames, sizes, objects))
     if entries is not None:
         categories = dict(zip(category_ids, names, strict=True))
         kept = for_evaluation([entries[image_id] for image_id in image_ids], categories)
-        (folder / "annotations.json").write_text(json.dumps(kept))
+        (made / "annotations.json").write_text(json.dumps(kept))
+    write_manifest(
+        folder, {"read": {"category_ids": category_ids, **split_entry(folder, "read", {})}}
+    )
 
 
 def _objects(objects: dict[str, np.ndarray], size: tuple[int, int]) -> Sequence[Any]:

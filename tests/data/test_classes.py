@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from gfl_jax import evaluate as evaluation
+from gfl_jax.config import Experiment
 from gfl_jax.data.classes import class_error
 from gfl_jax.errors import InputError
 from gfl_jax.training.loop import _check
@@ -29,6 +31,18 @@ def test_training_and_evaluation_must_mean_the_same_by_every_id(theirs, said):
     with pytest.raises(InputError, match=said):
         _check(Train(), SimpleNamespace(count=1), *splits)
     _check(Train(), SimpleNamespace(count=1), splits[0], splits[0])
+
+
+@pytest.mark.parametrize("theirs", [[(1, "dog"), (2, "cat")], [(1, "cat")], [(1, "cow")]])
+def test_evaluation_wants_the_classes_that_were_trained(monkeypatch, theirs):
+    def of(classes):
+        return {"category_ids": [i for i, _ in classes], "category_names": [n for _, n in classes]}
+
+    run = SimpleNamespace(experiment=Experiment(), **of(CAT_DOG))
+    monkeypatch.setattr(evaluation, "load", lambda _: run)
+    monkeypatch.setattr(evaluation, "open_split", lambda *_: SimpleNamespace(**of(theirs)))
+    with pytest.raises(InputError, match="the checkpoint and the data have"):
+        evaluation.main(["RUN"])
 
 
 def test_long_lists_are_cut():

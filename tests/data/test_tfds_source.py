@@ -88,6 +88,11 @@ def test_a_dataset_of_tfds_reads_the_same(tmp_path, monkeypatch, given):
         assert sample["crowd"].tolist() == [False, True, False]
         assert sample["ignore"].tolist() == [False, False, True]
 
+    made = next((tmp_path / "cache").glob("tfds-*/read/table.npz"))
+    made.write_bytes(made.read_bytes()[:-9] + bytes(9))
+    repaired = tfds_source.open_tfds(*arguments, annotations)
+    np.testing.assert_array_equal(repaired.num_boxes, split.num_boxes)
+
     monkeypatch.setattr(tfds_source, "_write", None)  # not built again
     again = tfds_source.open_tfds(*arguments, annotations)
     np.testing.assert_array_equal(again.num_boxes, split.num_boxes)
