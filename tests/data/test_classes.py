@@ -8,7 +8,7 @@ from gfl_jax import evaluate as evaluation
 from gfl_jax.config import Experiment
 from gfl_jax.data.classes import class_error
 from gfl_jax.errors import InputError
-from gfl_jax.training.loop import _check
+from gfl_jax.training.start import check
 from gfl_jax.training.step import Train
 
 CAT_DOG = [(1, "cat"), (2, "dog")]
@@ -29,8 +29,8 @@ def test_training_and_evaluation_must_mean_the_same_by_every_id(theirs, said):
         for its in (CAT_DOG, theirs)
     ]
     with pytest.raises(InputError, match=said):
-        _check(Train(), SimpleNamespace(count=1), *splits)
-    _check(Train(), SimpleNamespace(count=1), splits[0], splits[0])
+        check(Train(), SimpleNamespace(count=1), *splits)
+    check(Train(), SimpleNamespace(count=1), splits[0], splits[0])
 
 
 @pytest.mark.parametrize("theirs", [[(1, "dog"), (2, "cat")], [(1, "cat")], [(1, "cow")]])
