@@ -276,7 +276,13 @@ def read_json(file: Path) -> tuple[dict[str, Any], str]:
         DataError: there is no such file, or it is not a COCO json.
     """
     if not os.path.isfile(file):
-        raise data_error("missing annotation file", file, "no such file")
+        folder = os.path.dirname(file)
+        raise data_error(
+            "missing annotation file",
+            file,
+            "no such file" if os.path.isdir(folder) else f"there is no folder {folder}",
+            "--data.root, --data.train-annotations and --data.val-annotations name the files",
+        )
     try:
         data = file.read_bytes()
     except OSError as error:

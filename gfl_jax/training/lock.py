@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 
 from gfl_jax.distributed import Devices
-from gfl_jax.errors import InputError
+from gfl_jax.errors import InputError, WriteError
 from gfl_jax.hosts import is_first
 from gfl_jax.paths import PathLike, as_path, is_remote, write
 
@@ -23,7 +23,7 @@ def held(workdir: PathLike, devices: Devices) -> Iterator[None]:
 
     Raises:
         InputError: another run holds it.
-        OSError: the work directory cannot be written to.
+        WriteError: the work directory cannot be written to.
     """
     with contextlib.ExitStack() as stack:
         error: InputError | OSError | None = None
@@ -42,8 +42,15 @@ def held(workdir: PathLike, devices: Devices) -> Iterator[None]:
 @contextlib.contextmanager
 def _lock(workdir: PathLike) -> Iterator[None]:
     folder = as_path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / FILE, "a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = open(folder / FILE, "a+")
+    except OSError as error:
+        raise WriteError(
+            f"the work directory {folder} cannot be made or written to ({error.strerror}): name "
+            "another --workdir"
+        ) from error
+    with opened as file:
         try:
             import fcntl
 
