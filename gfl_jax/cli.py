@@ -93,7 +93,9 @@ def load_experiment(name: str | Path) -> Experiment:
         return rows[row].experiment
     experiment = values.get("experiment")
     if not isinstance(experiment, Experiment):
-        raise InputError(f"{file} must define `experiment = Experiment(...)`, it is {experiment!r}")
+        raise InputError(
+            f"{file} must define `experiment = Experiment(...)`, but there it is {experiment!r}"
+        )
     return experiment
 
 

@@ -30,9 +30,9 @@ class EvalCommand:
 
     Attributes:
         folder: a work directory of `train`, whose best checkpoint is evaluated; or a folder of
-            checkpoints, of which it is the newest.
+            checkpoints, whose newest is used.
         experiment: what was trained.
-        limit: evaluate the first images only, as many as this; 0: all.
+        limit: evaluate only the first so many images; 0: all.
         out: folder for results and pictures; empty: the folder `eval` beside the checkpoints.
         hosts: the processes that evaluate together.
     """

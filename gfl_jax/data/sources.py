@@ -92,8 +92,8 @@ class Data:
         source: where they come from. Fields of a source are flags directly under `--data`, such as
             --data.root; --data.prepared FOLDER by itself selects Prepared.
         scale: images are resized keeping their ratio to fit these (long, short) sides, in pixels.
-        keep_ratio: False stretches every image to exactly `scale`, as (width, height) in pixels,
-            multiples of 32.
+        keep_ratio: keeps the aspect ratio; otherwise every image is stretched to exactly `scale`,
+            as (width, height) in pixels, multiples of 32.
         multi_scale: smallest and largest short side in training, in pixels, drawn once per batch;
             None: one scale.
         canvases: (height, width) of the landscape canvases in pixels, multiples of 32; portrait

@@ -78,8 +78,8 @@ def _explanation(code: int) -> str:
         )
     if code == -signal.SIGKILL:
         return (
-            "a worker process was killed, by the system for want of memory or by somebody: rerun "
-            "the same command to resume, with fewer --data.workers if memory was short"
+            "a worker process was killed, by somebody or by the system because memory ran out: "
+            "rerun the same command to resume, with fewer --data.workers if memory was short"
         )
     end = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
     return f"a worker process ended {end}: rerun the same command to resume"

@@ -55,7 +55,7 @@ class Detector:
         box: how a regression output becomes a box.
         quality: how localization quality is represented.
         classification: the loss of classes.
-        box_loss: pulls boxes towards objects, besides what the representation itself adds (DFL).
+        box_loss: the box regression loss, in addition to what the representation itself adds (DFL).
         box_weight: lambda0 of equation 8; 0 leaves the term out.
         dfl_weight: lambda1 of equation 8, also for the Gaussian's likelihood; 0 leaves it out.
         counting: what N_pos counts. 'batch': positives of the batch, at least one (FCOS); 'image':

@@ -23,7 +23,7 @@ class Inference:
     Attributes:
         score_threshold: (prior, class) pairs whose class score is at or below it are dropped.
         nms_pre: pairs kept of each level.
-        nms_iou: overlap above which the lower score of a class goes.
+        nms_iou: IoU above which the lower-scoring box of a class is removed.
         max_per_image: detections kept.
         padding_predicts: whether cells in the padding count. Without them detections do not depend
             on the canvas; the reference has them where a batch mixes image sizes.

@@ -87,7 +87,7 @@ def infer_experiment(arrays: Mapping[str, np.ndarray]) -> Experiment:
         system = systems.retinanet
     else:
         raise InputError(
-            "no detector of this project: its bbox_head has "
+            "not a detector this project knows: its bbox_head has "
             f"{', '.join(sorted(heads)) or 'nothing'}; there are GFL (gfl_cls), ATSS (atss_cls, "
             "atss_centerness), FCOS (conv_cls, conv_centerness), FoveaBox (conv_cls, no gn), "
             "RetinaNet (retina_cls) and SSD512 (backbone.features); pass the config of a variant "

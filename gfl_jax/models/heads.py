@@ -62,7 +62,7 @@ class Head:
         names: Prefix of its last convolutions' names, as in mmdetection: 'gfl' for gfl_cls, ...
         width: Channels of the towers; 256 in the paper.
         stacked_convs: Convolutions per tower.
-        norm: Of the towers: gn is GroupNorm with 32 groups (width must be a multiple of 32).
+        norm: Norm of the towers: gn is GroupNorm with 32 groups (width must be a multiple of 32).
         conv_bias: Whether the towers' convolutions have biases even if a norm follows (FCOS).
         quality_on: Tower that feeds the quality branch.
         scales: Whether each level multiplies its regression by a learnable factor.

@@ -58,7 +58,7 @@ def main(
 
     Args:
         runs: work directories.
-        titles: of the runs; by default the names of the folders.
+        titles: titles of the runs; by default the names of the folders.
         count: candidates per image before NMS, the best by score.
         out: picture to write, with the numbers beside it as .json.
 

@@ -52,7 +52,7 @@ class Train:
         log_every: steps between metrics entries.
         profile: FIRST:LAST, such as 20:25: steps (counted from 0, LAST not included) that
             jax.profiler traces to the folder `profile` of the work directory; empty: none.
-        seed: of initial weights, batches and augmentation.
+        seed: seed of initial weights, batches and augmentation.
     """
 
     batch_size: int = 16
