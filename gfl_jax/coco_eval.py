@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from gfl_jax.data.records import FLAGGED, PreparedSplit
+from gfl_jax.errors import InputError
 
 METRICS = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
 """pycocotools' twelve numbers, in its order. -1 where there is nothing to measure."""
@@ -69,7 +70,12 @@ def ground_truth(split: PreparedSplit) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         if split.annotations:
-            coco.dataset = json.loads(split.annotations.read_text())
+            try:
+                coco.dataset = json.loads(split.annotations.read_text())
+            except ValueError as error:
+                raise InputError(
+                    f"{split.annotations} is damaged: copy or prepare the data set again"
+                ) from error
         else:
             coco.dataset = _recorded(split)
         coco.createIndex()
@@ -153,7 +159,7 @@ def evaluate(
             ap = average(precision[:, :, :, 0, -1])
             note += f": with detector.inference.max_per_image {max_per_image} AP is {ap:.3f}"
         else:
-            note += "; detector.inference.max_per_image above it shows AP without that limit"
+            note += ": with a larger detector.inference.max_per_image that AP is shown as well"
     return Evaluation(dict(zip(METRICS, map(float, judge.stats), strict=True)), per_class, note)
 
 

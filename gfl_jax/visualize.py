@@ -53,10 +53,11 @@ def contact_sheet(
         scale = tile / max(image.shape[:2])
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         truth, detections = image.copy(), image
-        for box, label, crowd in zip(
-            record["boxes"], record["labels"], record["crowd"], strict=True
+        for box, label, crowd, ignore in zip(
+            record["boxes"], record["labels"], record["crowd"], record["ignore"], strict=True
         ):
-            name = split.category_names[label] + (" (crowd)" if crowd else "")
+            note = " (crowd)" if crowd else " (ignored)" if ignore else ""
+            name = split.category_names[label] + note
             _draw(truth, box * scale, int(label), name)
         drawn = [
             result

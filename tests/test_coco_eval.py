@@ -20,6 +20,7 @@ from gfl_jax.data.plan import eval_plan
 from gfl_jax.data.prepare import RawSplit
 from gfl_jax.detectors.inference import Detections, Inference
 from gfl_jax.distributed import SHARDED, Pmap, ShardMap
+from gfl_jax.errors import InputError
 from gfl_jax.training import evaluator
 from gfl_jax.training.evaluator import predict_all
 
@@ -272,6 +273,13 @@ def test_objects_flagged_ignore_are_neither_demanded_nor_mistakes(tmp_path):
         assert evaluate(results, truth, SIZES).metrics["AP"] == pytest.approx(1)
     recorded = ground_truth(dataclasses.replace(split, annotations=None))
     assert evaluate(perfect(trained_on), recorded, SIZES).metrics["AP"] == pytest.approx(1)
+
+
+def test_a_damaged_copy_of_the_annotations_is_named(tmp_path):
+    split = opened(tmp_path, random_annotations())
+    split.annotations.write_text(split.annotations.read_text()[:-9])
+    with pytest.raises(InputError, match=r"annotations\.json is damaged"):
+        ground_truth(split)
 
 
 def test_two_classes_of_one_name_have_a_line_each(tmp_path):
