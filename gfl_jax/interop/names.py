@@ -62,6 +62,22 @@ def from_torch(path: tuple, array: np.ndarray, shape: tuple[int, ...]) -> np.nda
     return ours.copy()
 
 
+def in_short(names: Iterable[str]) -> str:
+    """Names by how they begin: 'backbone.layer1 (20 names), neck.lateral_convs (6), fc.bias'."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(".".join(name.split(".")[:2]), []).append(name)
+    words = [
+        group[0] if len(group) == 1 else f"{begin} ({len(group)} names)"
+        for begin, group in groups.items()
+    ]
+    more = [f"and {len(words) - _SHOWN} other beginnings"] if len(words) > _SHOWN else []
+    return ", ".join(word[:80] for word in words[:_SHOWN] + more) or "none"
+
+
+_SHOWN = 8
+
+
 @dataclass(frozen=True)
 class Mismatch:
     """What did not match while loading; the names are PyTorch's.
@@ -77,18 +93,18 @@ class Mismatch:
     misshapen: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
 
     def raise_if_any(self, source: Any) -> None:
-        """Raises InputError, naming `source` and every mismatch, if there is any."""
+        """Raises InputError if there is any, naming `source` and the first of each kind."""
         sections = {
             "missing from the file": self.missing,
             "unexpected in the file": self.unexpected,
             "of another shape": [f"{n}: model {a}, file {b}" for n, a, b in self.misshapen],
         }
-        lines = [
-            line
-            for title, names in sections.items()
-            if names
-            for line in (f"  {title} ({len(names)}):", *(f"    {name}" for name in names))
-        ]
+        lines = []
+        for title, names in sections.items():
+            if names:
+                lines += [f"  {title} ({len(names)}):", *(f"    {name}" for name in names[:_SHOWN])]
+            if len(names) > _SHOWN:
+                lines += [f"    and {len(names) - _SHOWN} more: {in_short(names[_SHOWN:])}"]
         if lines:
             raise InputError("\n".join([f"{source} does not fit the model:", *lines]))
 

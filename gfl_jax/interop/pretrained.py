@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gfl_jax.errors import MissingExtraError, MissingFileError, needs
+import numpy as np
+
+from gfl_jax.errors import InputError, MissingExtraError, MissingFileError, needs
+from gfl_jax.interop.mmdet_text import config_in, fields_said, pixel_contradictions
 from gfl_jax.interop.names import load_state_dict
+from gfl_jax.interop.parts import backbone_part
 from gfl_jax.interop.torch_files import read_torch_file
 from gfl_jax.models.network import Network, Variables
 
@@ -55,40 +59,54 @@ def find_pretrained(name_or_path: str) -> Path:
         ) from error
 
 
-def load_backbone(backbone_state: Mapping[tuple, Any], source: str) -> dict[tuple, Any]:
-    """Loads a torchvision-named ImageNet classifier into a backbone.
+def load_backbone(
+    backbone_state: Mapping[tuple, Any],
+    arrays: Mapping[str, np.ndarray],
+    source: str,
+    *,
+    ema: bool = False,
+) -> dict[tuple, Any]:
+    """Loads the backbone that a classifier or detector in torchvision's names has.
 
     Args:
         backbone_state: The backbone's variables by path, such as ('layer1', 0, 'conv1', 'kernel').
-        source: A file or a name, see `find_pretrained`. The classifier is ignored.
+        arrays: By PyTorch's names; what is not of the backbone is ignored.
+        source: Where they are from, for messages.
+        ema: Whether to take the arrays whose names say ema.
 
     Returns:
-        A new mapping of the same paths, shapes and dtypes with the arrays of the file.
+        A new mapping of the same paths, shapes and dtypes with these arrays.
 
     Raises:
-        FileNotFoundError: The source cannot be found.
-        ValueError: The file cannot be read or does not fit this backbone; every name that is
-            missing, unexpected or of another shape is listed.
+        InputError: They are not of this backbone; what is missing, unexpected or of another shape
+            is listed.
     """
-    arrays, _ = read_torch_file(find_pretrained(source))
-    loaded, mismatch = load_state_dict(backbone_state, arrays, ignore=(r"fc\.", r"classifier\."))
+    part = backbone_part(arrays, ema=ema)
+    loaded, mismatch = load_state_dict(backbone_state, part.arrays)
     mismatch.raise_if_any(source)
     return loaded
 
 
-def load_pretrained(network: Network, variables: Variables) -> Variables:
+def load_pretrained(network: Network, variables: Variables, *, ema: bool = False) -> Variables:
     """The same variables with the pretrained backbone of the network's model, if it names one.
 
     Raises:
-        FileNotFoundError: it is not here and cannot be fetched; the message says what to do.
-        ValueError: its arrays are not those of this backbone; every difference is named.
+        MissingFileError: It is not here and cannot be fetched; the message says what to do.
+        InputError: Its file cannot be read, its arrays are not those of this backbone, or it was
+            trained with other pixels than the model's.
     """
-    source = network.model.pretrained
+    model = network.model
+    source = model.pretrained
     if not source:
-        if problem := network.model.random_backbone_problem():
+        if problem := model.random_backbone_problem():
             warnings.warn(f"the backbone is random, but {problem}", stacklevel=2)
         return variables
+    content = read_torch_file(find_pretrained(source))
+    if flags := pixel_contradictions(model, fields_said(config_in(content.meta))):
+        raise InputError(
+            f"{source} was trained with other pixels than this model's: pass {' '.join(flags)}"
+        )
     paths = network.by_path(variables).items()
-    arrays = {path[1:]: array for path, array in paths if path[0] == "backbone"}
-    loaded = load_backbone(arrays, source)
-    return network.replaced(variables, {("backbone", *path): loaded[path] for path in arrays})
+    state = {path[1:]: array for path, array in paths if path[0] == "backbone"}
+    loaded = load_backbone(state, content.arrays, source, ema=ema)
+    return network.replaced(variables, {("backbone", *path): loaded[path] for path in state})

@@ -50,6 +50,9 @@ class Model:
         mean: Of the pixels (0 to 255), in `channel_order`.
         std: Of the pixels (0 to 255), in `channel_order`.
         channel_order: The one that the pretrained weights expect.
+        init_from: Trained detector that a new run begins with: a work directory or folder of
+            checkpoints, local or gs://, or a .pth or .safetensors file in mmdetection's names. All
+            but its class outputs are taken over, and of these the classes that have the same name.
     """
 
     backbone: Backbone = Backbone()
@@ -59,6 +62,7 @@ class Model:
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     channel_order: Literal["rgb", "bgr"] = "rgb"
+    init_from: str = ""
 
     @property
     def pretrained(self) -> str:
@@ -66,9 +70,9 @@ class Model:
         return self.backbone.pretrained
 
     @property
-    def cls_conv(self) -> str:
-        """Path within `bbox_head` of the convolution that predicts class logits."""
-        return f"{self.head.names}_cls"
+    def cls_convs(self) -> list[str]:
+        """Paths within `bbox_head` of the convolutions that predict class logits."""
+        return [f"{self.head.names}_cls"]
 
     def build(self, predicts: OutputSpec, *, rngs: nnx.Rngs) -> "DenseNetwork":
         """The network, with random weights."""

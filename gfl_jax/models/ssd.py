@@ -38,6 +38,9 @@ class SSDModel:
             float32.
         mean: Of the RGB pixels (0 to 255).
         std: Of the RGB pixels (0 to 255).
+        init_from: Trained detector that a new run begins with: a work directory or folder of
+            checkpoints, local or gs://, or a .pth or .safetensors file in mmdetection's names. All
+            but its class outputs are taken over, and of these the classes that have the same name.
     """
 
     width: int = 64
@@ -46,9 +49,14 @@ class SSDModel:
     dtype: Literal["float32", "bfloat16"] = "float32"
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    init_from: str = ""
 
     channel_order = "rgb"
-    cls_conv = "cls_convs.0.0"
+
+    @property
+    def cls_convs(self) -> list[str]:
+        """Paths within `bbox_head` of the convolutions that predict class logits, by level."""
+        return [f"cls_convs.{level}.0" for level in range(self.extra_levels + 2)]
 
     def build(self, predicts: OutputSpec, *, rngs: nnx.Rngs) -> "SSD":
         """The network, with random weights."""

@@ -17,7 +17,8 @@ from gfl_jax.detectors.box import GeneralDistribution
 from gfl_jax.detectors.classification import QualityFocal
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.quality import JointQuality, QualityBranch
-from gfl_jax.interop import convert
+from gfl_jax.interop import convert, recognize
+from gfl_jax.interop.classes import class_outputs
 from gfl_jax.interop.names import torch_name
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
@@ -124,29 +125,29 @@ def test_a_detector_becomes_a_checkpoint_of_step_0(tmp_path, annotations, given)
 def test_sizes_are_told_from_the_arrays(depth):
     experiment = small(depth, width=16, n=7, delta=2.0, stacked_convs=3)
     arrays = zeros(experiment, len(NAMES)) | {"bbox_head.integral.project": 2.0 * np.arange(8)}
-    assert convert.infer_experiment(arrays) == experiment
-    assert convert.count_classes(arrays, experiment) == len(NAMES)
+    assert recognize.infer_experiment(arrays) == experiment
+    assert recognize.count_classes(arrays, experiment) == len(NAMES)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_systems_are_told_from_their_names(name):
     system = getattr(systems, name)
     arrays = zeros(system, 80)
-    assert convert.infer_experiment(arrays) == system
-    assert convert.count_classes(arrays, system) == 80
-    assert convert.modern_names(arrays).keys() == arrays.keys()
+    assert recognize.infer_experiment(arrays) == system
+    assert recognize.count_classes(arrays, system) == 80
+    assert recognize.modern_names(arrays).keys() == arrays.keys()
 
 
 def test_classes_are_counted_without_background_where_there_is_one():
     quality = {"classification": QualityFocal(), "quality": JointQuality()}
     joint = systems.variant(systems.ssd512, detector=quality)
-    assert convert.count_classes(zeros(joint, 80), joint) == 80
+    assert recognize.count_classes(zeros(joint, 80), joint) == 80
     message = r"retina_cls.weight has 80 channels, not a multiple of the 9 priors"
     arrays = {"bbox_head.retina_cls.weight": np.zeros((80, 8, 3, 3))}
     with pytest.raises(ValueError, match=message):
-        convert.count_classes(arrays, systems.retinanet)
+        recognize.count_classes(arrays, systems.retinanet)
     with pytest.raises(ValueError, match=r"bbox_head.cls_convs.0.0.weight is missing"):
-        convert.count_classes(arrays, systems.ssd512)
+        recognize.count_classes(arrays, systems.ssd512)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +161,8 @@ def test_classes_are_counted_without_background_where_there_is_one():
 )
 def test_unknown_heads_are_named(names, found):
     arrays = {f"bbox_head.{name}.weight": np.zeros(3) for name in names}
-    with pytest.raises(ValueError, match=f"no detector .*: its bbox_head has {found}; there are"):
-        convert.infer_experiment(arrays)
+    with pytest.raises(ValueError, match=f"not a detector .*: its bbox_head has {found}; there are"):
+        recognize.infer_experiment(arrays)
 
 
 def test_only_what_a_detector_has_is_written():
@@ -207,13 +208,15 @@ def test_names_of_old_versions():
     new = ["conv_cls.weight", "conv_reg.bias", "conv_centerness.weight", "conv_cls.bias"]
     array = np.zeros(1)
     for before, after in zip(old, new, strict=True):
-        assert list(convert.modern_names({f"bbox_head.{before}": array})) == [f"bbox_head.{after}"]
+        assert list(recognize.modern_names({f"bbox_head.{before}": array})) == [
+            f"bbox_head.{after}"
+        ]
     for place in ("backbone", "bbox_head"):
-        assert list(convert.modern_names({f"{place}.l2_norm.weight": array})) == [
+        assert list(recognize.modern_names({f"{place}.l2_norm.weight": array})) == [
             "neck.l2_norm.weight"
         ]
     arrays = random_state_dict(small())
-    assert convert.modern_names(arrays).keys() == arrays.keys()
+    assert recognize.modern_names(arrays).keys() == arrays.keys()
 
 
 @pytest.mark.parametrize(
@@ -299,8 +302,71 @@ def test_classes_must_be_known_and_as_many(tmp_path, annotations):
     two = json.loads((tmp_path / "instances.json").read_text())
     two["categories"].pop()
     (tmp_path / "instances.json").write_text(json.dumps(two))
-    with pytest.raises(ValueError, match="has 3 classes, but 2 categories are given"):
+    with pytest.raises(ValueError, match=r"outputs for 3 classes, but .*json names 2"):
         convert.main(tmp_path / "x.safetensors", tmp_path / "run", annotations=annotations)
+
+
+def written(file, arrays, **meta):
+    torch = pytest.importorskip("torch")
+    state_dict = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    torch.save({"state_dict": state_dict, "meta": meta}, file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("gfl", "CLASSES"), ("retinanet", "dataset_meta"), ("ssd512", "dataset_meta")],
+)
+def test_labels_are_mapped_by_name_to_those_of_the_annotations(tmp_path, annotations, name, key):
+    given = small_system(name)
+    arrays, labels = random_state_dict(given), ["owl", "cat", "dog"]
+    meta = {key: labels if key == "CLASSES" else {"classes": labels}}
+    file = written(tmp_path / "x.pth", arrays, **meta)
+    convert.main(file, tmp_path / "run", annotations=annotations)
+    network, state, experiment, about = restored(tmp_path / "run")
+    assert (about["category_ids"], about["category_names"]) == ([7, 8, 9], NAMES)
+    found = convert.state_dict(network, state.variables, experiment.detector)
+    outputs = class_outputs(experiment)
+    for array, expected in arrays.items():
+        order = [1, 2, 0, 3]
+        if n := outputs.get(array):
+            channels = len(expected) // n
+            rows = expected.reshape(n, channels, *expected.shape[1:])[:, order[:channels]]
+            expected = rows.reshape(expected.shape)
+        np.testing.assert_array_equal(found[array], expected)
+
+
+def test_other_classes_than_the_file_names_are_refused(tmp_path, annotations):
+    file = written(tmp_path / "x.pth", random_state_dict(small()), CLASSES=("bolt", "nut", "cat"))
+    with pytest.raises(
+        ValueError, match=r"bolt, nut, cat, .* has cat, dog, owl: .*--model.init-from"
+    ):
+        convert.main(file, tmp_path / "run", annotations=annotations)
+    file = written(tmp_path / "y.pth", random_state_dict(small()), CLASSES=("bolt", "nut"))
+    with pytest.raises(ValueError, match="outputs for 3 classes, but itself names 2: bolt, nut"):
+        convert.main(file, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_without_words_is_warned_of(tmp_path, annotations):
+    save_file(random_state_dict(small()), tmp_path / "x.safetensors")
+    with pytest.warns(UserWarning) as caught:
+        convert.main(tmp_path / "x.safetensors", tmp_path / "run", annotations=annotations)
+    said = " ".join(str(warning.message) for warning in caught)
+    assert "does not name its classes: they are taken to be cat, dog, owl" in said
+    assert "does not hold its config; it is taken to be trained with --model.mean" in said
+
+
+def test_a_detector_of_caffes_style_is_converted_as_one(tmp_path):
+    given = small_system("retinanet")
+    text = (
+        "img_norm_cfg = dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], to_rgb=False)\n"
+        "model = dict(backbone=dict(style='caffe'))"
+    )
+    file = written(tmp_path / "x.pth", random_state_dict(given), CLASSES=NAMES, config=text)
+    convert.main(file, tmp_path / "run")
+    model = restored(tmp_path / "run")[2].model
+    assert (model.channel_order, model.std, model.backbone.caffe) == ("bgr", (1, 1, 1), True)
 
 
 class Evil:

@@ -8,9 +8,15 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from gfl_jax.interop.names import to_torch, torch_name
-from gfl_jax.interop.pretrained import find_pretrained, load_backbone
+from gfl_jax.interop.pretrained import find_pretrained
+from gfl_jax.interop.pretrained import load_backbone as load_arrays
+from gfl_jax.interop.torch_files import read_torch_file
 
 NAME = "timm/resnet50.tv_in1k"
+
+
+def load_backbone(state, source):
+    return load_arrays(state, read_torch_file(find_pretrained(source)).arrays, source)
 
 
 class Block(nnx.Module):
