@@ -15,7 +15,7 @@ from gfl_jax.config import Experiment
 from gfl_jax.data.sources import open_split
 from gfl_jax.distributed import parallel
 from gfl_jax.hosts import Hosts, is_first, join, print_once
-from gfl_jax.interop.pretrained import load_pretrained
+from gfl_jax.interop.initial import initial_weights
 from gfl_jax.models.network import Network
 from gfl_jax.paths import as_path
 from gfl_jax.run import changes_since, describe
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> None:
         print_once(f"  changed since the checkpoint: {change}")
 
     def initial():
-        return load_pretrained(network, network.init(experiment.train.seed))
+        return initial_weights(experiment, network, train_split.category_names)
 
     # ------------------------------------------------------------------ steps and evaluations
     fit(

@@ -32,7 +32,7 @@ ROOMS = {
     "training": ["gfl_jax.training"],
     "experiments": ["gfl_jax.config", "gfl_jax.systems"],
     "interop": ["gfl_jax.interop"],
-    "runs": ["gfl_jax.run", "gfl_jax.predict"],
+    "runs": ["gfl_jax.run", "gfl_jax.predict", "gfl_jax.interop.initial"],
     "pictures": ["gfl_jax.visualize"],
     "command line": ["gfl_jax.cli"],
     "interop programs": ["gfl_jax.interop.convert", "gfl_jax.interop.crosscheck"],

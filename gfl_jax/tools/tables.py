@@ -25,7 +25,7 @@ from gfl_jax.data.manifest import MANIFEST
 from gfl_jax.data.sources import Prepared, Shapes, open_split
 from gfl_jax.distributed import parallel
 from gfl_jax.errors import InputError, MissingExtraError, MissingFileError, UsageError
-from gfl_jax.interop.pretrained import load_pretrained
+from gfl_jax.interop.initial import initial_weights
 from gfl_jax.models.network import Network
 from gfl_jax.paths import PathLike, as_path, write
 from gfl_jax.run import describe, load
@@ -197,7 +197,7 @@ def train_row(experiment: Experiment, workdir: PathLike) -> dict[str, float]:
         val_split=val_split,
         devices=devices,
         workdir=workdir,
-        initial=lambda: load_pretrained(network, network.init(experiment.train.seed)),
+        initial=lambda: initial_weights(experiment, network, train_split.category_names),
         about=describe(experiment, val_split.category_ids, val_split.category_names),
     )
     last = [entry for entry in read_metrics(workdir) if entry["kind"] == "val"][-1]

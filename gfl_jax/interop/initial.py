@@ -1,0 +1,128 @@
+"""The weights that a new run begins with: random, around a pretrained backbone, or a detector's."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gfl_jax.config import Experiment
+from gfl_jax.errors import InputError, MissingFileError
+from gfl_jax.hosts import print_once
+from gfl_jax.interop.classes import class_outputs, classes_in, rows_taken, shared, some
+from gfl_jax.interop.mmdet_text import (
+    config_in,
+    experiment_in,
+    fields_said,
+    pixel_contradictions,
+    pixel_fields,
+)
+from gfl_jax.interop.names import in_short, load_state_dict, to_torch, torch_name
+from gfl_jax.interop.parts import detector_part
+from gfl_jax.interop.pretrained import load_pretrained
+from gfl_jax.interop.recognize import backbone_in_words, modern_names
+from gfl_jax.interop.torch_files import read_torch_file
+from gfl_jax.models.network import Network, Variables
+from gfl_jax.paths import as_path, local_path
+from gfl_jax.run import load
+
+
+class Trained(NamedTuple):
+    """A trained detector, whatever file it is from.
+
+    Attributes:
+        arrays: by PyTorch's names, in PyTorch's layout.
+        classes: names by label; none where the file does not say.
+        pixels: how it treats pixels, as far as the file says, by fields of an `Experiment`.
+    """
+
+    arrays: dict[str, np.ndarray]
+    classes: list[str]
+    pixels: dict[str, Any]
+
+
+def initial_weights(
+    experiment: Experiment, network: Network, category_names: Sequence[str]
+) -> Variables:
+    """The weights that a new run begins with, as its model says.
+
+    With `init_from` everything that the trained detector there has in the same shape is taken over,
+    and of the class outputs the rows of the classes whose names both have, and the background's.
+
+    Args:
+        experiment: of the new run.
+        network: its network.
+        category_names: of its class labels.
+
+    Raises:
+        MissingFileError: a file that the model names is not there.
+        InputError: it cannot be read, or its backbone or pixels are not those of the model.
+    """
+    variables = network.init(experiment.train.seed)
+    source = network.model.init_from
+    if not source:
+        return load_pretrained(network, variables)
+    trained = read_trained(source)
+    if flags := pixel_contradictions(network.model, trained.pixels):
+        raise InputError(
+            f"--model.init-from {source} was trained with other pixels than this model: pass "
+            f"{' '.join(flags)}"
+        )
+    ours = network.by_path(variables)
+    in_torch = {torch_name(path): to_torch(path, array) for path, array in ours.items()}
+    given, outputs = dict(trained.arrays), class_outputs(experiment)
+    for name, per_cell in outputs.items():
+        stored, fresh = given.pop(name, np.zeros(0)), in_torch[name]
+        rows = rows_taken(fresh, stored, per_cell, category_names, trained.classes)
+        given |= {} if rows is None else {name: rows}
+    loaded, mismatch = load_state_dict(ours, given, ignore=(r"bbox_head\.integral\.project",))
+    misshapen = [name for name, *_ in mismatch.misshapen]
+    random = [*mismatch.missing, *misshapen]
+    if differ := [name for name in random if name.startswith("backbone.")]:
+        raise InputError(
+            f"--model.init-from {source} has {backbone_in_words(given)}, this model has "
+            f"{backbone_in_words(in_torch)}: make --model.backbone like the checkpoint's. They "
+            f"differ in {in_short(differ)}"
+        )
+    common = shared(category_names, trained.classes) if given.keys() >= outputs.keys() else []
+    left_out = [name for name in outputs if name in trained.arrays.keys() - given.keys()]
+    print_once(
+        f"weights of {source}: {len(ours) - len(random)} of {len(ours)} arrays\n"
+        f"  classes taken over: {some(common)}; new: "
+        f"{some([name for name in category_names if name not in common])}\n"
+        f"  not in it, therefore random: {in_short(random)}\n"
+        f"  left out: {in_short([*mismatch.unexpected, *misshapen, *left_out])}"
+    )
+    return network.replaced(variables, loaded)
+
+
+def read_trained(source: str) -> Trained:
+    """The detector in a work directory, a folder of checkpoints, or a .pth or .safetensors file.
+
+    Raises:
+        MissingFileError: there is none.
+        InputError: it cannot be read, or holds no detector.
+    """
+    if as_path(source).is_dir():
+        run = load(source)
+        arrays = {
+            torch_name(p): to_torch(p, x) for p, x in run.network.by_path(run.variables).items()
+        }
+        return Trained(arrays, run.category_names, pixel_fields(run.experiment.model))
+    file = local_path(source, "--model.init-from")
+    if not file.is_file():
+        raise MissingFileError(
+            f"--model.init-from {source}: there is no such work directory, folder of checkpoints, "
+            ".pth or .safetensors file"
+        )
+    content = read_torch_file(file)
+    part = detector_part(content.arrays)
+    if part is None:
+        raise InputError(
+            f"--model.init-from {source} holds no detector, whose names would begin with backbone. "
+            f"and bbox_head.: they are {in_short(content.arrays)}. A backbone alone is named by "
+            "--model.backbone.pretrained"
+        )
+    classes = classes_in(content.meta)
+    stored = experiment_in(content.meta)
+    pixels = pixel_fields(stored.model) if stored else fields_said(config_in(content.meta))
+    return Trained(modern_names(part.arrays), classes.names if classes else [], pixels)
