@@ -73,14 +73,14 @@ def from_dict(kind: Any, value: Any) -> Any:
     Raises:
         ValueError: a kind that is not one of these, or a field that the dataclass does not have.
     """
-    if isinstance(value, list):
-        return tuple(from_dict(None, item) for item in value)
-    if not isinstance(value, dict):
-        return value
     members = [k for k in get_args(kind) or (kind,) if isinstance(k, type)]
     kinds: dict[str, Any] = {k.__name__: k for k in members if dataclasses.is_dataclass(k)}
-    name = value.get("kind")
-    if name not in kinds:
+    if isinstance(value, list) and not kinds:
+        return tuple(from_dict(None, item) for item in value)
+    if not isinstance(value, dict) and not kinds:
+        return value
+    name = value.get("kind") if isinstance(value, dict) else value
+    if not isinstance(value, dict) or not isinstance(name, str) or name not in kinds:
         raise InputError(f"{name!r} is not a kind of {', '.join(kinds)}")
     hints = get_type_hints(kinds[name])
     items = {field: item for field, item in value.items() if field != "kind"}

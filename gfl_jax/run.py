@@ -57,7 +57,12 @@ def load(path: PathLike) -> Run:
     checkpoints = Checkpoints.find(path)
     about = checkpoints.about()
     experiment = experiment_of(about)
-    network = Network(experiment.model, experiment.detector.predicts(len(about["category_ids"])))
+    ids, names = about.get("category_ids"), about.get("category_names")
+    if not isinstance(ids, list) or not isinstance(names, list) or len(ids) != len(names):
+        raise InputError(
+            f"the classes stored in the checkpoint in {checkpoints.folder} are damaged"
+        )
+    network = Network(experiment.model, experiment.detector.predicts(len(ids)))
     weights = jax.eval_shape(lambda: network.init(0))
     if "format" in about:
         weights = checkpoints.restore({"weights": weights})["weights"]
@@ -68,8 +73,8 @@ def load(path: PathLike) -> Run:
         checkpoints.folder,
         checkpoints.step,
         experiment,
-        about["category_ids"],
-        about["category_names"],
+        ids,
+        names,
         network,
         weights,
     )
@@ -99,10 +104,15 @@ def experiment_of(about: dict[str, Any]) -> Experiment:
             f"the checkpoint has format {stored}, but this gfl_jax reads up to {FORMAT}: "
             "update gfl_jax"
         )
-    experiment = about["experiment"]
-    for migrate in _MIGRATIONS[stored:]:
-        experiment = migrate(experiment)
-    return from_dict(Experiment, experiment)
+    try:
+        experiment = about["experiment"]
+        for migrate in _MIGRATIONS[stored:]:
+            experiment = migrate(experiment)
+        return from_dict(Experiment, experiment)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"the experiment stored in the checkpoint is damaged: {error!r}"
+        ) from error
 
 
 def changes_since(workdir: PathLike, experiment: Experiment) -> list[str]:

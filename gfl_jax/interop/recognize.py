@@ -85,6 +85,8 @@ def infer_experiment(arrays: Mapping[str, np.ndarray]) -> Experiment:
     if isinstance(system.detector.box, GeneralDistribution):
         project = arrays.get("bbox_head.integral.project", np.arange(2.0))
         n = _shape(arrays, "bbox_head.gfl_reg.weight")[0] // 4 - 1
+        if project.ndim != 1 or len(project) < 2 or not 0 < project[1] < np.inf:
+            raise InputError(f"bbox_head.integral.project is {project}, not [0, delta, ...]")
         box = GeneralDistribution(n, float(project[1]))
         system = systems.variant(system, detector={"box": box})
     return system
@@ -122,10 +124,9 @@ def _infer_resnet(arrays: Mapping[str, np.ndarray], prefix: str) -> tuple[int, i
         if (names := [n[len(prefix) :] for n in arrays if n.startswith(f"{prefix}layer{stage}.")])
     ]
     bottleneck = f"{prefix}layer1.0.conv3.weight" in arrays
-    stem = arrays.get(f"{prefix}conv1.weight", np.zeros(0))
     for depth, blocks in BLOCKS.items():
         if tuple(stages) == blocks and bottleneck == (depth >= 50):
-            return depth, len(stem)
+            return depth, _shape(arrays, f"{prefix}conv1.weight")[0]
     raise InputError(
         f"not a ResNet of this project: it has stages of {stages or 'no'} blocks; there are "
         + ", ".join(f"{depth}: {blocks}" for depth, blocks in BLOCKS.items())
