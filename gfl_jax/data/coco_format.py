@@ -368,11 +368,12 @@ def for_evaluation(entries: Sequence[ImageEntry], categories: dict[int, str]) ->
         The json. Its annotations are numbered from 1, since pycocotools takes a match with 0 for
         none. Those flagged `ignore` become crowds, the only ones that it does not count as missed.
     """
-    annotations = [
-        a | {"iscrowd": a["iscrowd"] | a["ignore"]} for e in entries for a in e.annotations
-    ]
+    annotations = (annotation for entry in entries for annotation in entry.annotations)
     return {
         "images": [entry.stated for entry in entries],
-        "annotations": [a | {"id": number} for number, a in enumerate(annotations, start=1)],
+        "annotations": [
+            a | {"id": number, "iscrowd": a["iscrowd"] | a["ignore"]}
+            for number, a in enumerate(annotations, start=1)
+        ],
         "categories": [{"id": i, "name": name} for i, name in categories.items()],
     }
