@@ -198,6 +198,27 @@ def test_fewer_epochs_than_a_run_has_had_leave_nothing_to_train(finished, worksp
     assert len(read_metrics(workdir)) == 1
 
 
+def test_a_finished_run_is_evaluated_on_the_data_that_it_is_given(finished, workspace):
+    """Its AP there is no continuation of the AP on other images."""
+    workdir = workspace.folder / "other data"
+    shutil.copytree(finished[0], workdir)
+    printed = workspace.train(workdir, "--data.num-val=5")
+    assert "WARNING: the evaluation data is not" in printed
+    assert "WARNING: the training data" not in printed
+    assert "nothing left to train; evaluating\n" in printed
+    *_, before, now = (e for e in read_metrics(workdir) if e["kind"] == "val")
+    assert before["step"] == now["step"] == 27
+    assert before["data"] != now["data"]
+    assert f"AP {now['AP']:.3f} " in printed
+    best = Checkpoints(workdir / "best")
+    assert (best.step, best.about()["AP"]) == (27, now["AP"])
+    assert {
+        result["image_id"] for result in json.loads((workdir / "results.json").read_text())
+    } <= {*range(1, 6)}
+    assert "nothing left to train\n" in workspace.train(workdir, "--data.num-val=5")
+    assert "nothing left to train; evaluating\n" in workspace.train(workdir)
+
+
 def test_a_finished_run_is_left_as_it_is(finished, workspace):
     workdir, _, _ = finished
     before, entries = workspace.state(workdir), read_metrics(workdir)

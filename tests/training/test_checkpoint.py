@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from gfl_jax.cli import load_experiment, load_rows
@@ -181,6 +183,31 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path, changes):
     with pytest.raises(ValueError, match="another model or") as error:
         restored(folder, state_of(**changes))
     assert str(folder / "5") in str(error.value)
+    for name in changes:  # averaging is another tree of parameters
+        assert name.replace("ema_decay", "training.2.") in str(error.value)
+    assert re.search(
+        r" is (missing|float32\[.*?\]), expected (none|float32\[.*?\])", str(error.value)
+    )
+
+
+def test_what_cannot_be_read_is_not_called_another_model(tmp_path, monkeypatch):
+    folder = saved(tmp_path / "c", [5])
+
+    def fails(*_, **__):
+        raise ValueError("of the library's own")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fails)
+    with pytest.raises(ValueError, match=r"cannot be read.*library's own") as error:
+        restored(folder, state_of())
+    assert "another model" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["gfl[lr0.01]", "gfl*", "what?"])
+def test_a_folder_that_looks_like_a_pattern_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"\* \? \[") as error:
+        Checkpoints(tmp_path / name / "checkpoints", writes=True)
+    assert str(tmp_path / name) in str(error.value)
+    assert not (tmp_path / name).exists()
 
 
 def test_weights_are_not_used_with_other_anchors(tmp_path):
