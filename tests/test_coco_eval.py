@@ -340,7 +340,6 @@ FAULTS = {
     "no id": {"annotations": [{"image_id": 12, "category_id": 3, "bbox": [1.0, 1.0, 4.0, 5.0]}]},
     "no object": {"annotations": ["annotation"]},
     "taken id": {"annotations": [annotation(1, 12, 3, [1.0, 1.0, 4.0, 5.0])]},
-    "taken by a malformed one": {"annotations": [{"id": 900}]},
     "no category name": {"categories": [{"id": 2}]},
     "taken category id": {"categories": [{"id": 3, "name": "lion"}]},
     "no image object": {"images": ["image"]},
@@ -360,6 +359,15 @@ def test_malformed_entries_that_were_skipped_do_not_stop_the_evaluation(tmp_path
     assert evaluation.metrics["AP"] == pytest.approx(1)
     assert evaluation.metrics["AR100"] == 1
     assert [entry.name for entry in evaluation.per_class.values()] == ["cat", "dog", "bird"]
+
+
+def test_a_malformed_annotation_does_not_take_the_id_of_a_good_one(tmp_path):
+    """Training and evaluation once decided this for themselves, and not alike."""
+    good = random_annotations()
+    split = opened(tmp_path, [good[0] | {"bbox": None}, *good], "skip")
+    assert split.num_boxes.sum() == len(good)
+    evaluation = evaluate(perfect(good), ground_truth(split), SIZES)
+    assert evaluation.metrics["AP"] == evaluation.metrics["AR100"] == pytest.approx(1)
 
 
 # ---------------------------------------------------------------------------- from predictions
