@@ -161,7 +161,9 @@ def test_classes_are_counted_without_background_where_there_is_one():
 )
 def test_unknown_heads_are_named(names, found):
     arrays = {f"bbox_head.{name}.weight": np.zeros(3) for name in names}
-    with pytest.raises(ValueError, match=f"not a detector .*: its bbox_head has {found}; there are"):
+    with pytest.raises(
+        ValueError, match=f"not a detector .*: its bbox_head has {found}; there are"
+    ):
         recognize.infer_experiment(arrays)
 
 
