@@ -99,7 +99,7 @@ def experiment_of(about: dict[str, Any]) -> Experiment:
         InputError: a newer version wrote it, or it is not a valid experiment.
     """
     stored = about.get("format", 0)
-    if stored > FORMAT:
+    if isinstance(stored, int) and stored > FORMAT:
         raise InputError(
             f"the checkpoint has format {stored}, but this gfl_jax reads up to {FORMAT}: "
             "update gfl_jax"

@@ -23,6 +23,8 @@ _STATUS = re.compile("[A-Z_]+: ")
 """Prefix of ValueErrors from tensorstore, which reads and writes the arrays: 'RESOURCE_EXHAUSTED: '
 for a full disk, 'PERMISSION_DENIED: ' for a bucket."""
 
+_DAMAGED = "is damaged: delete this folder to go back to the previous one"
+
 
 class Checkpoints:
     """A folder of checkpoints by step, local or in a bucket.
@@ -103,10 +105,15 @@ class Checkpoints:
 
         Raises:
             MissingFileError: there is no complete checkpoint.
+            InputError: it is damaged.
         """
         self._must_have_items(["about"])
         args = ocp.args.Composite(about=ocp.args.JsonRestore())
-        return dict(self._manager.restore(self.step, args=args)["about"])
+        try:
+            return dict(self._manager.restore(self.step, args=args)["about"])
+        except (OSError, ValueError, TypeError) as error:
+            where = self.folder / str(self.step)
+            raise InputError(f"the checkpoint {where} {_DAMAGED}. {error}") from error
 
     def read(self, item: str) -> Any:
         """An item of the newest checkpoint as stored: dictionaries of arrays on the host.
@@ -148,14 +155,11 @@ class Checkpoints:
             stored = self._manager.restore(self.step, args=ocp.args.Composite(**trees))
             items = {name: stored[name] for name in trees}
             different = _differences(abstract, items)
-        except (ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError) as error:
             different = self._stored_differences(abstract)
             if not different:
-                remedy = (
-                    "is damaged: delete this folder to go back to the previous one"
-                    if _STATUS.match(str(error))
-                    else "cannot be read"
-                )
+                damaged = isinstance(error, OSError) or _STATUS.match(str(error))
+                remedy = _DAMAGED if damaged else "cannot be read"
                 raise InputError(f"{where} {remedy}. {error}") from error
         if different:
             raise InputError(
@@ -166,7 +170,7 @@ class Checkpoints:
 
     def _stored_differences(self, like: Mapping[str, Any]) -> str:
         """What `_differences` says of the items as they are stored; '' if they cannot be read."""
-        with contextlib.suppress(ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError):
             return _differences(like, {name: self.read(name) for name in like})
         return ""
 
