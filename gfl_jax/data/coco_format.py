@@ -329,7 +329,7 @@ def _box_fault(box: list[Any], size: tuple[int, int] | None) -> tuple[str, str] 
     if len(box) != 4 or not all(map(_is_number, box)):
         return "bad box", f"box {box} is not four finite numbers"
     x, y, w, h = box
-    if w <= 0 or h <= 0:
+    if x + w <= x or y + h <= y:  # also a width too small to be seen beside x
         return "empty box", f"the width and height of box {box} are not both positive"
     if size and not (-w < x < size[1] and -h < y < size[0]):
         return "box outside image", f"box {box} lies outside the image, {size[1]} x {size[0]}"

@@ -128,7 +128,9 @@ BAD_ANNOTATIONS = {
     "unknown category": [annotation(category_id=4)],
     "bad box": [annotation(bbox=[x, 1.0, 2.0, 3.0]) for x in (NAN, INF, "1", None, True)]
     + [annotation(bbox=[1.0, 2.0, 3.0])],
-    "empty box": [annotation(bbox=[1.0, 2.0, *size]) for size in ((-3.0, 3.0), (3.0, 0.0))],
+    "empty box": [
+        annotation(bbox=[1.0, 2.0, *size]) for size in ((-3.0, 3.0), (3.0, 0.0), (1e-300, 3.0))
+    ],
     "box outside image": [
         annotation(bbox=box)
         for box in ([48.0, 1.0, 5.0, 5.0], [1.0, 32.5, 5.0, 5.0], [-9.0, 1.0, 9.0, 5.0])
