@@ -92,6 +92,11 @@ def initial_weights(
         f"  not in it, therefore random: {in_short(random)}\n"
         f"  left out: {in_short([*mismatch.unexpected, *misshapen, *left_out])}"
     )
+    if not trained.pixels:
+        print_once(
+            "  it does not say on what pixels it was trained; they must be those of this model: "
+            "--model.mean, --model.std, --model.channel-order, --model.backbone.caffe"
+        )
     return network.replaced(variables, loaded)
 
 

@@ -117,7 +117,9 @@ def test_a_file_of_mmdetection_is_as_good_as_a_run(tmp_path, monkeypatch, capsys
     np.testing.assert_array_equal(
         nameless["neck.fpn_convs.0.conv.weight"], old["neck.fpn_convs.0.conv.weight"]
     )
-    assert "classes taken over: none" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "classes taken over: none" in said
+    assert "does not say on what pixels it was trained" in said
 
 
 def test_what_does_not_fit_is_named_in_few_lines(tmp_path, monkeypatch, capsys):
