@@ -7,8 +7,8 @@
 Each time the same command is given again. The moments are drawn at random: while it prepares its
 data, loads, steps, saves or evaluates. Every third start finds the run's files with times from the
 future, as if the clock had been set back. `--faults N` instead has N times each the disk full at a
-random moment, the disk become read-only (both need root), the work directory removed, and a worker
-killed: every one must end the run with a sentence within two minutes, or be survived.
+random moment (needs root), the work directory removed, and a worker killed: every one must end the
+run with a sentence within two minutes, or be survived.
 
 Prints how often it was killed at what, and whether the end is the same bit by bit: every array of
 the last and the best checkpoint, the metrics, and the COCO results.
@@ -46,7 +46,7 @@ from gfl_jax.training.step import TrainState, abstract_state
 
 STEPS_PER_EPOCH, EVAL_EVERY = 3, 2
 MOMENTS = ("preparing", "loading", "stepping", "saving", "evaluating")
-FAULTS = ("disk full", "read-only", "removed", "worker killed")
+FAULTS = ("disk full", "removed", "worker killed")
 
 
 class Runs:
@@ -192,8 +192,9 @@ def small_disk(folder: Path) -> Iterator[None]:
 def fault(runs: Runs, kind: str, number: int, rng: random.Random) -> int:
     """Lets one thing go wrong in a run, then ends it undisturbed; returns the exit status."""
     disk = runs.folder / f"disk{number}"
-    mounted = small_disk(disk) if kind in ("disk full", "read-only") else contextlib.nullcontext()
+    mounted = small_disk(disk) if kind == "disk full" else contextlib.nullcontext()
     with mounted:
+        disk.mkdir(exist_ok=True)
         workdir, moment = disk / "run", rng.choice(("stepping", "saving", "evaluating"))
         began, after, delay = time.time(), rng.randrange(12), rng.random()
         (process,) = runs.start(workdir)
@@ -206,9 +207,6 @@ def fault(runs: Runs, kind: str, number: int, rng: random.Random) -> int:
             with contextlib.suppress(OSError), (disk / "filler").open("wb", 0) as filler:
                 while True:
                     filler.write(bytes(1 << 12))
-        elif kind == "read-only":
-            while subprocess.run(["mount", "-o", "remount,ro", str(disk)]).returncode:
-                time.sleep(0.001)  # while a file is open for writing it is busy
         elif kind == "removed":
             workdir.rename(disk / "away")
         else:
@@ -232,8 +230,6 @@ def fault(runs: Runs, kind: str, number: int, rng: random.Random) -> int:
             return 1
         if kind == "disk full":
             (disk / "filler").unlink()
-        elif kind == "read-only":
-            subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         elif kind == "removed":
             shutil.rmtree(workdir, ignore_errors=True)
             (disk / "away").rename(workdir)

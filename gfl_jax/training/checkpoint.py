@@ -8,6 +8,7 @@ number of processes can restore them.
 
 import contextlib
 import glob
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -24,6 +25,11 @@ _STATUS = re.compile("[A-Z_]+: ")
 for a full disk, 'PERMISSION_DENIED: ' for a bucket."""
 
 _DAMAGED = "is damaged: delete this folder to go back to the previous one"
+
+# Orbax logs every failed write with its traceback, from several threads; it also raises it.
+logging.getLogger("absl").addFilter(
+    lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
+)
 
 
 class Checkpoints:
