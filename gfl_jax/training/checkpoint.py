@@ -27,9 +27,12 @@ for a full disk, 'PERMISSION_DENIED: ' for a bucket."""
 _DAMAGED = "is damaged: delete this folder to go back to the previous one"
 
 # Orbax logs every failed write with its traceback, from several threads; it also raises it.
-logging.getLogger("absl").addFilter(
-    lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
-)
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(
+        lambda record: (
+            record.levelno < logging.ERROR or "orbax" not in record.pathname + record.getMessage()
+        )
+    )
 
 
 class Checkpoints:
