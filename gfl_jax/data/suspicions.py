@@ -4,6 +4,9 @@ import numpy as np
 
 from gfl_jax.data.records import FLAGGED, NO_AREA, RULES, THIN, Table
 
+ENOUGH = 100_000
+"""Boxes that are looked at, at every start."""
+
 _ADVICE = {
     "crowds": "iscrowd 1 marks a region of many objects; single objects have 0",
     RULES[FLAGGED]: "remove the flag from objects that are to be found",
@@ -34,11 +37,13 @@ def nothing_to_train_on(table: Table, min_side: int) -> str:
 
 
 def suspicion(table: Table) -> str:
-    """Whether the boxes look like those of another format; empty: they do not."""
+    """Whether the first boxes look like those of another format; empty: they do not."""
     if not len(table.boxes):
         return ""
-    sizes = np.repeat(table.sizes, np.diff(table.starts), axis=0)[:, ::-1]  # width, height
-    start, end = table.boxes[:, :2], table.boxes[:, 2:]
+    starts = table.starts[: np.searchsorted(table.starts, ENOUGH) + 1]
+    sizes = np.repeat(table.sizes[: len(starts) - 1], np.diff(starts), axis=0)
+    sizes = sizes[:, ::-1]  # width, height
+    start, end = table.boxes[: starts[-1], :2], table.boxes[: starts[-1], 2:]
     if (end <= 1.01).all(1).mean() > 0.9:
         return (
             "the boxes lie between 0 and 1: they look like shares of the image's width and "
