@@ -101,6 +101,7 @@ def test_every_detector_takes_all_but_the_outputs_of_other_classes(
 
 
 def test_a_file_of_mmdetection_is_as_good_as_a_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
     experiment = small("retinanet")
     old = run_of(tmp_path / "run", experiment, OLD)
     found = [begun(experiment, tmp_path / "run", NEW, monkeypatch)[0]]
