@@ -164,7 +164,7 @@ class TorchFile(NamedTuple):
 
 def _content(checkpoint: Any, read: Callable[[str], bytes], order: str) -> TorchFile:
     meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapper), dict):
             checkpoint = checkpoint[wrapper]
     if not isinstance(checkpoint, dict):
@@ -208,8 +208,8 @@ def read_torch_file(path: str | Path) -> TorchFile:
     """Reads the tensors of a `.safetensors`, `.pth` or `.pt` file.
 
     PyTorch's zip format and its older non-zip format are both read, without torch and without
-    executing anything from the file. A dict under the key 'state_dict' or 'model' is unwrapped;
-    values that are not tensors are left out.
+    executing anything from the file. A dict under `state_dict`, `model_state_dict` or `model` is
+    unwrapped; values that are not tensors are left out.
 
     Args:
         path: The file; only the suffix `.safetensors` matters, the other two formats are recognised

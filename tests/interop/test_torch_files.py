@@ -299,7 +299,7 @@ def test_torch_layouts(tmp_path, new):
 
 
 @ZIP
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model_state_dict", "model"])
 def test_torch_state_dict(tmp_path, new, wrapper):
     torch = pytest.importorskip("torch")
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
