@@ -18,7 +18,7 @@ def test_a_topology_that_is_none_is_named_beside_right_ones(topology):
 
 def test_a_missing_compiler_is_said_with_what_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'gfl-jax\[tpu-preflight\]'"):
+    with pytest.raises(RuntimeError, match=r"pip install '\.\[tpu-preflight\]'"):
         topology_devices("v5e:2x2")
 
 
