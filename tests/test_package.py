@@ -1,6 +1,7 @@
 """What `import gfl_jax` gives, what it needs, and what the package says of itself."""
 
 import inspect
+import re
 import subprocess
 import sys
 import tomllib
@@ -113,6 +114,6 @@ def test_extras_that_messages_name_exist():
     extras = set(PROJECT["project"]["optional-dependencies"])
     for file in (ROOT / "gfl_jax").rglob("*.py"):
         text = file.read_text()
-        named = text.split('needs("')[1:] + text.split("gfl-jax[")[1:] + text.split("install '.[")[1:]
+        named = re.split(r"needs\(\"|gfl-jax\[|install '\.\[", text)[1:]
         for rest in named if file.name != "errors.py" else []:
             assert rest.partition('"')[0].partition("]")[0] in extras, file
