@@ -102,7 +102,7 @@ class Logbook:
             unit=" steps",
             smoothing=0.05,
             disable=not is_first(),
-            postfix="the first step compiles, which takes a while",
+            postfix="the first step compiles, which takes a while" if self.start < last else None,
         )
         self._restart()
 

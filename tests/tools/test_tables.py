@@ -125,7 +125,7 @@ def test_an_interrupted_row_continues(run, folder, monkeypatch, capsys):
     assert not (folder / "interrupted" / "1a_two" / "seed0" / "result.json").exists()
     monkeypatch.setattr(evaluator.Evaluator, "__call__", original)
     assert run(out="interrupted", rows="two", seeds=1) == ["1a_two/seed0"]
-    assert "resuming from step" in capsys.readouterr().out
+    assert "nothing left to train; evaluating" in capsys.readouterr().out
     assert run(out="interrupted", rows="two", seeds=1) == []
 
 
