@@ -482,8 +482,8 @@ import hashlib, os, signal, threading
 from gfl_jax.cli import second_interrupt_ends
 second_interrupt_ends()
 kill = lambda: os.kill(os.getpid(), signal.SIGINT)
-threading.Timer(0.1, kill).start()
-threading.Timer(0.6, kill).start()
+threading.Timer(1.0, kill).start()
+threading.Timer(2.0, kill).start()
 hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # Python's handlers wait for this
 """
 
