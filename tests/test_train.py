@@ -334,7 +334,7 @@ def test_a_save_that_fails_is_named_and_the_one_before_is_intact(finished, works
     """A limit on the size of files stands for a full disk."""
     whole, _, _ = finished
     workdir = workspace.folder / "full"
-    workspace.train(workdir, "--train.epochs=1")
+    workspace.train(workdir, "--train.epochs=2")  # with one, the warm-up would be shortened
     limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "-"]  # KiB
     failed = subprocess.run(
         [*limited, sys.executable, "train.py", *workspace.arguments(workdir)],
@@ -345,10 +345,10 @@ def test_a_save_that_fails_is_named_and_the_one_before_is_intact(finished, works
     )
     assert failed.returncode == 1
     message = failed.stderr[failed.stderr.rindex("error: ") :]
-    assert f"of step 4 could not be written to {workdir / 'checkpoints'}" in message
-    assert "which still has the one of step 3" in message
-    assert Checkpoints(workdir / "checkpoints").step == 3
-    assert "resuming from step 3 of 27" in workspace.train(workdir)
+    assert f"of step 7 could not be written to {workdir / 'checkpoints'}" in message
+    assert "which still has the one of step 6" in message
+    assert Checkpoints(workdir / "checkpoints").step == 6
+    assert "resuming from step 6 of 27" in workspace.train(workdir)
     assert not list(workdir.glob("*/*tmp*"))  # Orbax cleans up at the next start
     states = [workspace.state(folder) for folder in (whole, workdir)]
     for ours, theirs in zip(*map(jax.tree.leaves, states), strict=True):
