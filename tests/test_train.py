@@ -345,7 +345,7 @@ def test_a_save_that_fails_is_named_and_the_one_before_is_intact(finished, works
     )
     assert failed.returncode == 1
     message = failed.stderr[failed.stderr.rindex("error: ") :]
-    assert f"of step 7 could not be written to {workdir / 'checkpoints'}" in message
+    assert f"of step 8 could not be written to {workdir / 'checkpoints'}" in message
     assert "which still has the one of step 6" in message
     assert Checkpoints(workdir / "checkpoints").step == 6
     assert "resuming from step 6 of 27" in workspace.train(workdir)
