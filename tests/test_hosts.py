@@ -273,7 +273,8 @@ def test_two_processes_evaluate_as_one_does(whole, runs):
     assert by_pmap == by_default
     assert {result["image_id"] for result in alone} == set(range(1, 11))
     for ours, theirs in zip(by_default, alone, strict=True):
-        assert ours["bbox"] == pytest.approx(theirs["bbox"], abs=1e-4)
+        # A few last bits of coordinates up to 64; 4e-6 was measured.
+        assert ours["bbox"] == pytest.approx(theirs["bbox"], abs=2e-5)
         assert ours["score"] == pytest.approx(theirs["score"], rel=1e-5)
         assert ours == theirs | {"bbox": ours["bbox"], "score": ours["score"]}
     at_best = json.loads((workdir / "results.json").read_text())
