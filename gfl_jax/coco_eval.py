@@ -1,4 +1,4 @@
-"""COCO evaluation: pycocotools judges, against the annotations that preparing kept."""
+"""COCO evaluation by pycocotools, against the annotations that preparing kept."""
 
 import collections
 import contextlib
@@ -119,7 +119,7 @@ def evaluate(
 
     Args:
         results: detections as COCO results.
-        truth: what to judge them by.
+        truth: the annotations to compare them with.
         image_ids: the images that count.
         max_per_image: detections that each may have.
     """
@@ -131,14 +131,14 @@ def evaluate(
         if not results:
             detections.dataset = {**truth.dataset, "annotations": []}
             detections.createIndex()
-        judge = COCOeval(truth, detections, "bbox")
-        judge.params.imgIds = image_ids
+        coco = COCOeval(truth, detections, "bbox")
+        coco.params.imgIds = image_ids
         if most > _COUNTED and max_per_image > _COUNTED:
-            judge.params.maxDets = [*judge.params.maxDets, max_per_image]
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    precision = judge.eval["precision"]  # IoU thresholds, recalls, classes, areas, detections
+            coco.params.maxDets = [*coco.params.maxDets, max_per_image]
+        coco.evaluate()
+        coco.accumulate()
+        coco.summarize()
+    precision = coco.eval["precision"]  # IoU thresholds, recalls, classes, areas, detections
     names = {category["id"]: category["name"] for category in truth.dataset["categories"]}
 
     def average(values: np.ndarray) -> float:
@@ -147,7 +147,7 @@ def evaluate(
 
     per_class = {
         i: ClassAP(names[i], average(precision[:, :, k, 0, 2]), average(precision[0, :, k, 0, 2]))
-        for k, i in enumerate(judge.params.catIds)
+        for k, i in enumerate(coco.params.catIds)
     }
     note = ""
     if most > _COUNTED:
@@ -160,7 +160,7 @@ def evaluate(
             note += f": with detector.inference.max_per_image {max_per_image} AP is {ap:.3f}"
         else:
             note += ": with a larger detector.inference.max_per_image that AP is shown as well"
-    return Evaluation(dict(zip(METRICS, map(float, judge.stats), strict=True)), per_class, note)
+    return Evaluation(dict(zip(METRICS, map(float, coco.stats), strict=True)), per_class, note)
 
 
 def _fullest(truth: COCO, image_ids: list[int]) -> tuple[int, int, int]:

@@ -37,6 +37,21 @@ class MissingExtraError(UserError, ImportError):
 
 
 @contextlib.contextmanager
+def naming(file: object) -> Iterator[None]:
+    """Puts the name of a file before the message of an InputError, unless it is in there already.
+
+    Args:
+        file: what is read or used inside the `with`.
+    """
+    try:
+        yield
+    except InputError as error:
+        if str(file) in str(error):
+            raise
+        raise InputError(f"{file}: {error}") from error
+
+
+@contextlib.contextmanager
 def needs(extra: str) -> Iterator[None]:
     """Around imports of an optional dependency: says which extra of this package installs it.
 

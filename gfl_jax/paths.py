@@ -1,6 +1,8 @@
 """Files and folders, local or in a bucket: everything a run keeps goes through here."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
@@ -84,13 +86,24 @@ def write(path: PathLike, content: str | bytes) -> None:
     """
     file = as_path(path)
     data = content.encode() if isinstance(content, str) else content
-    try:
+    with writing(file):
         if is_remote(file):
             file.write_bytes(data)
             return
         temporary = file.with_name(file.name + ".partial")
         temporary.write_bytes(data)
         temporary.replace(file)
+
+
+@contextlib.contextmanager
+def writing(file: PathLike) -> Iterator[None]:
+    """Names the file that could not be written.
+
+    Raises:
+        WriteError: the `with` ended in an error of the disk or the connection.
+    """
+    try:
+        yield
     except OSError as error:
         reason = error.strerror or f"{type(error).__name__} {error}"
-        raise WriteError(f"{file} could not be written: {reason}") from error
+        raise WriteError(f"{os.fspath(file)} could not be written: {reason}") from error

@@ -26,12 +26,12 @@ def nothing_to_train_on(table: Table, min_side: int) -> str:
     for rule in (FLAGGED, NO_AREA, THIN):
         counts[RULES[rule]] = int((~table.crowd & (table.rule == rule)).sum())
     counts = {why: count for why, count in counts.items() if count}
-    told = ", ".join(f"{count} {why}" for why, count in counts.items())
+    left_out = ", ".join(f"{count} {why}" for why, count in counts.items())
     why = suspicion(table) or next((_ADVICE[why] for why in counts if why in _ADVICE), "")
     return (
         f"no image can be trained on: of {len(table.sizes)} images {small} have a side under "
         f"{min_side} pixels; of {len(table.labels)} objects "
-        + (f"these are not trained on: {told}" if told else "none is left out")
+        + (f"these are not trained on: {left_out}" if left_out else "none is left out")
         + (f"; {why}" if why else "")
     )
 

@@ -45,10 +45,10 @@ class Tfds:
         """Opens 'train' or 'val'."""
         root = local_folder(self.root, "--data.root")
         original = root / self.val_annotations
-        judged = split == "val" and original.is_file()
+        has_original = split == "val" and original.is_file()
         name = {"train": "train", "val": "validation"}[split]
         cache = local_folder(self.cache_dir, "--data.cache-dir")
-        return open_tfds(self.name, name, root, cache, original if judged else None)
+        return open_tfds(self.name, name, root, cache, original if has_original else None)
 
 
 class TfdsImages:

@@ -80,7 +80,7 @@ def rows_taken(
         old: the same of another detector.
         per_cell: priors per cell.
         new_names: of the classes of `new`.
-        old_names: of the classes of `old`. A name that stands twice on either side is of no use.
+        old_names: of the classes of `old`. A name that either side has twice is not used.
 
     Returns:
         `new` with these rows; None if `old` has no such names or priors.
@@ -97,7 +97,7 @@ def rows_taken(
 
 
 def shared(new_names: Sequence[str], old_names: Sequence[str]) -> list[str]:
-    """The names that stand once on either side."""
+    """The names that both sides have exactly once."""
     return [n for n in new_names if new_names.count(n) == 1 and old_names.count(n) == 1]
 
 
@@ -124,14 +124,14 @@ def in_order(
         new_names: the same names as they shall be.
 
     Raises:
-        InputError: a name stands twice, so that its labels cannot be told apart.
+        InputError: two classes have the same name, so that their labels cannot be distinguished.
     """
     if list(old_names) == list(new_names):
         return variables
     if len(shared(new_names, old_names)) < len(new_names):
         raise InputError(
             f"the classes are {some(old_names)} in the file and {some(new_names)} in the "
-            "annotations: a name that stands twice cannot be mapped"
+            "annotations: a name that two classes share cannot be mapped"
         )
     by_name = {torch_name(path): path for path in network.paths}
     arrays, changed = network.by_path(variables), {}

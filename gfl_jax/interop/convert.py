@@ -25,7 +25,7 @@ from gfl_jax.cli import load_experiment
 from gfl_jax.config import Experiment, to_dict
 from gfl_jax.detectors.box import GeneralDistribution
 from gfl_jax.detectors.dense import Detector
-from gfl_jax.errors import InputError, needs
+from gfl_jax.errors import InputError, naming, needs
 from gfl_jax.interop.classes import Classes, classes_in, classes_of, in_order, some
 from gfl_jax.interop.mmdet_text import (
     PIXELS,
@@ -44,7 +44,7 @@ from gfl_jax.interop.recognize import (
     infer_experiment,
     modern_names,
 )
-from gfl_jax.interop.torch_files import read_torch_file
+from gfl_jax.interop.torch_files import TorchFile, read_torch_file
 from gfl_jax.models.network import Network, Variables
 from gfl_jax.paths import PathLike, as_path, local_path
 from gfl_jax.run import describe, load
@@ -89,10 +89,11 @@ def read_detector(source: Path, config: str = "") -> Loaded:
             every missing, unexpected or misshapen one is named.
     """
     content = read_torch_file(source)
-    part = detector_part(content.arrays)
-    if part is None:
-        raise InputError(f"{source} holds no detector: its names are {in_short(content.arrays)}")
-    return _detector(part.arrays, content.meta, source, config)
+    with naming(source):
+        part = detector_part(content.arrays)
+        if part is None:
+            raise InputError(f"no detector; the names are {in_short(content.arrays)}")
+        return _detector(part.arrays, content.meta, source, config)
 
 
 def _detector(
@@ -156,6 +157,19 @@ def import_checkpoint(
     if (folder / "checkpoints").exists():
         raise InputError(f"{folder} already holds checkpoints; choose a new folder")
     content = read_torch_file(source)
+    with naming(source):
+        return _import(content, source, folder, config, annotations, ema)
+
+
+def _import(
+    content: TorchFile,
+    source: Path,
+    folder: Path | epath.Path,
+    config: str,
+    annotations: str,
+    ema: bool,
+) -> Converted:
+    """As `import_checkpoint`, of a file that was read."""
     classes = classes_of(annotations) if annotations else None
     part = detector_part(content.arrays, ema=ema)
     if part:

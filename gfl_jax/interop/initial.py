@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gfl_jax.config import Experiment
-from gfl_jax.errors import InputError, MissingFileError
+from gfl_jax.errors import InputError, MissingFileError, naming
 from gfl_jax.hosts import print_once
 from gfl_jax.interop.classes import class_outputs, classes_in, rows_taken, shared, some
 from gfl_jax.interop.mmdet_text import (
@@ -120,7 +120,8 @@ def read_trained(source: str) -> Trained:
             ".pth or .safetensors file"
         )
     content = read_torch_file(file)
-    part = detector_part(content.arrays)
+    with naming(f"--model.init-from {source}"):
+        part = detector_part(content.arrays)
     if part is None:
         raise InputError(
             f"--model.init-from {source} holds no detector, whose names would begin with backbone. "

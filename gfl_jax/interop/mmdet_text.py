@@ -77,13 +77,13 @@ def checked(
     """The experiment, as the config in a file's `meta` says where the arrays do not.
 
     Args:
-        experiment: told from the arrays, or named by the user.
+        experiment: inferred from the arrays, or named by the user.
         meta: of the file.
         source: the file, for messages.
         named: whether the user named it: then what contradicts it is a warning.
 
     Raises:
-        InputError: the config contradicts an experiment that was told from the arrays.
+        InputError: the config contradicts an experiment that was inferred from the arrays.
     """
     config = config_in(meta)
     if not config:

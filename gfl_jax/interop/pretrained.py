@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gfl_jax.errors import InputError, MissingExtraError, MissingFileError, needs
+from gfl_jax.errors import InputError, MissingExtraError, MissingFileError, naming, needs
 from gfl_jax.interop.mmdet_text import config_in, fields_said, pixel_contradictions
 from gfl_jax.interop.names import load_state_dict
 from gfl_jax.interop.parts import backbone_part
@@ -81,7 +81,8 @@ def load_backbone(
         InputError: They are not of this backbone; what is missing, unexpected or of another shape
             is listed.
     """
-    part = backbone_part(arrays, ema=ema)
+    with naming(source):
+        part = backbone_part(arrays, ema=ema)
     loaded, mismatch = load_state_dict(backbone_state, part.arrays)
     mismatch.raise_if_any(source)
     return loaded

@@ -26,13 +26,10 @@ for a full disk, 'PERMISSION_DENIED: ' for a bucket."""
 
 _DAMAGED = "is damaged: delete this folder to go back to the previous one"
 
-# Orbax logs every failed write with its traceback, from several threads; it also raises it.
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(
-        lambda record: (
-            record.levelno < logging.ERROR or "orbax" not in record.pathname + record.getMessage()
-        )
-    )
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Orbax logs every failed write with its traceback, from several threads, and raises it too."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname + record.getMessage()
 
 
 class Checkpoints:
@@ -61,6 +58,9 @@ class Checkpoints:
                 "path, which Orbax takes for a pattern: rename it"
             )
         self._writing = -1
+        if writes:
+            for name in ("absl", "asyncio"):
+                logging.getLogger(name).addFilter(_is_news)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, cleanup_tmp_directories=writes
         )

@@ -97,10 +97,10 @@ class Evaluator:
         numbers = np.zeros(len(METRICS) + 2 * len(names))
         if self._truth is not None:
             image_ids = self._split.image_ids[self.plan.indices].tolist()
-            judged = evaluate(results, self._truth, image_ids, self._max_per_image)
-            pairs = [entry[1:] for entry in judged.per_class.values()]
-            numbers[:] = [*judged.metrics.values(), *itertools.chain(*pairs)]
-            note = judged.note
+            evaluation = evaluate(results, self._truth, image_ids, self._max_per_image)
+            pairs = [entry[1:] for entry in evaluation.per_class.values()]
+            numbers[:] = [*evaluation.metrics.values(), *itertools.chain(*pairs)]
+            note = evaluation.note
         numbers = self._devices.gather(numbers)[0]
         metrics, pairs = numbers[: len(METRICS)], numbers[len(METRICS) :].reshape(-1, 2)
         per_class = {

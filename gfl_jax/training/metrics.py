@@ -1,13 +1,17 @@
 """What a run logs: JSON lines for programs, TensorBoard events for people."""
 
+import contextlib
 import json
 import math
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
+
 from gfl_jax.errors import MissingExtraError, needs
-from gfl_jax.paths import PathLike, as_path, is_remote, write
+from gfl_jax.paths import PathLike, as_path, is_remote, write, writing
 
 FILE = "metrics.jsonl"
 
@@ -56,8 +60,8 @@ class MetricsLog:
         if writes:
             self._workdir.mkdir(parents=True, exist_ok=True)
             self._lines = [json.dumps(entry) + "\n" for entry in self.entries]
+            self._events = _open_events(self._workdir / "tensorboard", start)
             self.flush()
-            self._events = _summary_writer(self._workdir, start)
 
     def write(self, kind: str, step: int, values: Mapping[str, float], **words: str) -> None:
         """Adds an entry; `step` counts steps taken, `words` stand beside the numbers.
@@ -71,9 +75,10 @@ class MetricsLog:
         if not self._writes:
             return
         self._lines.append(json.dumps(entry) + "\n")
-        for name, value in values.items():
-            if self._events and math.isfinite(value):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+        if self._events:
+            self._events.add(
+                step, {f"{kind}/{k}": value for k, value in values.items() if math.isfinite(value)}
+            )
         if time.perf_counter() >= self._next:
             self.flush()
 
@@ -87,6 +92,8 @@ class MetricsLog:
             return
         began = time.perf_counter()
         write(self._workdir / FILE, "".join(self._lines))
+        if self._events:
+            self._events.flush()
         ended = time.perf_counter()
         self._next = ended + min((ended - began) / SHARE, LONGEST)
 
@@ -95,21 +102,61 @@ class MetricsLog:
         return next((e for e in reversed(self.entries) if e["kind"] == kind), {})
 
     def close(self) -> None:
-        """Flushes file and events."""
-        self.flush()
-        if self._writes and self._events:
-            self._events.close()
+        """Writes and closes everything; nothing is written after an error."""
+        try:
+            self.flush()
+        finally:
+            if self._writes and self._events:
+                self._events.close()
 
 
-def _summary_writer(workdir: Any, start: int) -> Any:
-    """A TensorBoard writer from step `start`, or None after printing why there is none."""
+class _Events:
+    """A file of TensorBoard events, written by this thread.
+
+    tensorboardX's SummaryWriter has a thread, which dies on a full disk without a word to the run.
+    """
+
+    def __init__(self, folder: epath.Path, start: int):
+        """Opens a new file. TensorBoard is told to forget what older ones say after `start`."""
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+        from tensorboardX.summary import scalar
+
+        self._event, self._scalar = Event, scalar
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self._path = folder / name
+        with writing(self._path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = RecordWriter(str(self._path))
+        self._write(file_version="brain.Event:2")
+        self._write(step=start + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _write(self, **fields: Any) -> None:
+        with writing(self._path):
+            self._file.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._write(step=step, summary=self._scalar(name, value))
+
+    def flush(self) -> None:
+        with writing(self._path):
+            self._file.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # flush has said it
+            self._file.close()
+
+
+def _open_events(folder: epath.Path, start: int) -> _Events | None:
+    """The TensorBoard events of a run from step `start`; None after printing why there are none."""
     try:
         with needs("tensorboard"):
-            from tensorboardX import SummaryWriter
-        if is_remote(workdir):
+            import tensorboardX  # noqa: F401
+        if is_remote(folder):
             with needs("gcs"):
                 import google.cloud.storage  # noqa: F401  # what tensorboardX writes to gs:// with
     except MissingExtraError as error:
         print(f"no TensorBoard events: {error}")
         return None
-    return SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+    return _Events(folder, start)

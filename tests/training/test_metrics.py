@@ -4,7 +4,9 @@ import time
 
 import numpy as np
 import pytest
+from tensorboardX.record_writer import RecordWriter
 
+from gfl_jax.errors import WriteError
 from gfl_jax.training import metrics
 from gfl_jax.training.metrics import MetricsLog, read_metrics
 
@@ -129,6 +131,20 @@ def test_without_tensorboard_the_numbers_are_still_kept(tmp_path, monkeypatch, c
     log.close()
     assert [entry["loss"] for entry in read_metrics(tmp_path)] == [1.0]
     assert "gfl-jax[tensorboard]" in capsys.readouterr().out
+
+
+def test_events_that_cannot_be_written_end_the_run_with_their_file(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path, 0)
+    full = RecordWriter("/dev/full")
+    monkeypatch.setattr(log._events, "_file", full)
+    for step in range(20):
+        with pytest.raises(WriteError, match=r"tensorboard/events.*: No space left on device"):
+            log.write("train", step, {"loss": 1.0})
+            log.flush()
+    with pytest.raises(WriteError):
+        log.close()
+    assert full._writer.closed
+    assert len(read_metrics(tmp_path)) == 20
 
 
 def test_tensorboard_events_are_written(tmp_path):
