@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -207,6 +208,7 @@ def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> 
     shards: dict[str, int] = {}
     kept: list[ImageEntry] = []
     brightest: dict[str, int] = {}  # of images of 16 bits
+    pixels = 0
     parts = _shards(entries, raw.images)
     with tqdm(total=len(entries), desc=f"preparing {split}", unit=" images") as progress:
         for i, part in enumerate(parts):
@@ -218,6 +220,7 @@ def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> 
                 progress.update()
                 if data is not None:
                     writer.write(data)
+                    pixels = zlib.crc32(data, pixels)
                     kept.append(entry)
             try:
                 writer.close()
@@ -250,6 +253,7 @@ def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> 
     return {
         "made_from": {"annotations": raw.annotations.name, "sha256": digest, "on_error": on_error},
         "images": report.images_kept,
+        "pixels": pixels,
         "annotations": report.annotations_kept,
         **categories,
         **split_entry(epath.Path(folder), split, shards),

@@ -25,6 +25,7 @@ from gfl_jax.data.coco_format import DataError, check, read_json
 from gfl_jax.data.prepare import RawSplit, make_table
 from gfl_jax.data.sources import CocoFolder, Prepared, Shapes, Tfds
 from gfl_jax.errors import InputError, WriteError
+from gfl_jax.training.start import key_of
 
 BOX = [4.5, 5.25, 10.5, 8.0]
 
@@ -324,8 +325,19 @@ def test_preparing_is_deterministic_whatever_the_shards(tmp_path, monkeypatch):
     for split in (one, same, many):
         assert [sample["image_id"] for sample in split.source] == [10, 30, 40]
         assert split.image_ids.tolist() == [10, 30, 40]
+        assert key_of(split) == key_of(one)
     (a,), (b,) = (list(s.annotations.parent.glob("*.array_record")) for s in (one, same))
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_other_pixels_under_the_same_names_are_other_data(tmp_path):
+    folder = make(tmp_path)
+    first = prepare(folder, tmp_path / "cache")
+    image_file(folder.images / "4.jpg", seed=99)
+    other = prepare(folder, tmp_path / "cache")
+    assert key_of(other) != key_of(first)
+    image_file(folder.images / "4.jpg", seed=4)
+    assert key_of(prepare(folder, tmp_path / "cache")) == key_of(first)
 
 
 def test_a_killed_preparation_does_not_count(tmp_path):

@@ -40,7 +40,7 @@ def _worker(pipe):
 
 
 def _parent(pipe):
-    worker = multiprocessing.get_context("fork").Process(target=_worker, args=(pipe,))
+    worker = multiprocessing.get_context("spawn").Process(target=_worker, args=(pipe,))
     worker.start()
     pipe.send(worker.pid)
     time.sleep(60)
@@ -48,9 +48,9 @@ def _parent(pipe):
 
 def test_a_worker_leaves_signals_to_its_parent_and_ends_with_it():
     here, there = multiprocessing.Pipe()
-    parent = multiprocessing.get_context("fork").Process(target=_parent, args=(there,))
+    parent = multiprocessing.get_context("spawn").Process(target=_parent, args=(there,))
     parent.start()
-    first, second = (here.recv() for _ in range(2) if here.poll(30))
+    first, second = (here.recv() for _ in range(2) if here.poll(120))
     pid, handlers = (first, second) if isinstance(first, int) else (second, first)
     assert handlers == (signal.SIG_IGN, signal.SIG_IGN)
     parent.kill()

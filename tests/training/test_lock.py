@@ -32,11 +32,11 @@ def _hold_and_die(folder, ready):
 
 
 def test_the_lock_dies_with_its_holder(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     ready = context.Event()
     process = context.Process(target=_hold_and_die, args=(tmp_path, ready))
     process.start()
-    process.join(30)
+    process.join(120)
     assert ready.is_set()
     assert process.exitcode == -9
     with lock._lock(tmp_path):

@@ -113,7 +113,7 @@ def test_where_a_run_is_when_it_starts(start, evaluated, said, capsys):
 
 
 def test_the_key_follows_the_data_and_not_its_place():
-    def table(**changes):
+    def table(pixels=1, **changes):
         columns = {
             "image_ids": np.arange(2),
             "filenames": np.array([b"a", b"b"]),
@@ -123,7 +123,7 @@ def test_the_key_follows_the_data_and_not_its_place():
             "labels": np.zeros(1, np.int32),
         }
         rest = {name: None for name in Table._fields if name not in columns}
-        return SimpleNamespace(table=Table(**columns | rest | changes))
+        return SimpleNamespace(table=Table(**columns | rest | changes), pixels=pixels)
 
     assert key_of(table()) == key_of(table())
     for changes in (
@@ -131,5 +131,6 @@ def test_the_key_follows_the_data_and_not_its_place():
         {"labels": np.ones(1, np.int32)},
         {"filenames": np.array([b"a", b"c"])},
         {"starts": np.array([0, 0, 1])},
+        {"pixels": 2},
     ):
         assert key_of(table(**changes)) != key_of(table())
