@@ -84,7 +84,7 @@ def _run(name: str, arguments: list[str]) -> Any:
     """Runs a command; returns its status. What takes seconds to import is imported here."""
     import tyro
 
-    from gfl_jax.cli import plain_errors, plain_warnings, second_interrupt_ends, write_anything
+    from gfl_jax.terminal import plain_errors, plain_warnings, second_interrupt_ends, write_anything
 
     write_anything()
     plain_warnings()

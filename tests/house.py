@@ -34,7 +34,7 @@ ROOMS = {
     "interop": ["gfl_jax.interop"],
     "runs": ["gfl_jax.run", "gfl_jax.predict", "gfl_jax.interop.initial"],
     "pictures": ["gfl_jax.visualize"],
-    "command line": ["gfl_jax.cli"],
+    "command line": ["gfl_jax.cli", "gfl_jax.terminal"],
     "interop programs": ["gfl_jax.interop.convert", "gfl_jax.interop.crosscheck"],
     "tools": ["gfl_jax.tools"],
     "front door": [
@@ -53,7 +53,7 @@ it. The longest prefix of a module's name says where it stands."""
 STARTS = ("gfl_jax.train", "gfl_jax.evaluate", "configs.gfl_r50_fpn_1x_coco")
 
 NOT_OPENED = {
-    "gfl_jax.cli": "config files, flags, error messages of the command line",
+    "gfl_jax.cli": "config files and flags",
     "gfl_jax.errors": "the class of errors that a user can fix",
     "gfl_jax.paths": "files local or in a bucket",
     "gfl_jax.data.cache": "preparing: raw data sets, found again at the next start",
@@ -74,6 +74,7 @@ NOT_OPENED = {
     "gfl_jax.models.conv_grad": "a faster gradient of convolutions on CPUs",
     "gfl_jax.models.ssd": "SSD's network",
     "gfl_jax.systems": "the other detectors",
+    "gfl_jax.terminal": "errors and signals of commands",
     "gfl_jax.training.instruments": "goodput, profiles, kept programs",
     "gfl_jax.training.lock": "one run at a time in a work directory",
     "gfl_jax.training.start": "what is checked and said before the first step",

@@ -19,10 +19,8 @@ from gfl_jax.cli import (
     load_experiment,
     load_rows,
     parse_command,
-    plain_errors,
     positional,
     run_name,
-    write_anything,
 )
 from gfl_jax.config import Experiment, Row, Train
 from gfl_jax.detectors.box import Gaussian, GeneralDistribution, SmoothL1
@@ -30,6 +28,7 @@ from gfl_jax.detectors.classification import Focal
 from gfl_jax.detectors.quality import NoQuality, QualityBranch
 from gfl_jax.models.ssd import SSDModel
 from gfl_jax.priors import Points, SSDBoxes
+from gfl_jax.terminal import plain_errors, write_anything
 from gfl_jax.train import TrainCommand
 
 ROOT = Path(__file__).parents[1]
@@ -479,7 +478,7 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
 
 TWICE = """
 import hashlib, os, signal, threading
-from gfl_jax.cli import second_interrupt_ends
+from gfl_jax.terminal import second_interrupt_ends
 second_interrupt_ends()
 kill = lambda: os.kill(os.getpid(), signal.SIGINT)
 threading.Timer(1.0, kill).start()

@@ -1,0 +1,89 @@
+"""What a command shares with the terminal: errors without tracebacks, Ctrl-C, odd encodings."""
+
+import contextlib
+import functools
+import io
+import os
+import select
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from gfl_jax.errors import UsageError, UserError
+from gfl_jax.hosts import INTERRUPTED
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Ends the program with the message of an error that a user can fix; others pass.
+
+    Those are `UserError`, and what the system itself says of files, disks and connections. Status 2
+    if the command line cannot be understood, otherwise 1.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if not isinstance(error, UserError) and error.errno is None:
+            raise  # an OSError of a library's own
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+@functools.cache
+def second_interrupt_ends() -> None:
+    """From now on a second Ctrl-C ends the program at once, whatever it is doing.
+
+    A thread watches: Python's handlers wait until a compilation or a write has returned. It also
+    says so where the first Ctrl-C has not ended the program soon.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return  # called by somebody's program, whose signals are its own affair
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def wait_for_one() -> None:
+        while os.read(reader, 1) != bytes([signal.SIGINT]):
+            pass
+
+    def watch() -> None:
+        wait_for_one()
+        if not select.select([reader], [], [], 1.0)[0]:
+            os.write(2, b"\nCtrl-C: stops after what is running now; again: ends without saving\n")
+        wait_for_one()
+        os.write(2, b"\nCtrl-C twice: ended without saving\n")
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def plain_warnings() -> None:
+    """Prints warnings for users without the line of code that they come from.
+
+    And leaves out what tensorstore prints when one of several reads or writes failed, and the
+    others come back to an event loop that has ended: the failure itself is raised.
+    """
+    usual = warnings.formatwarning
+
+    def in_words(message: Warning | str, category: type[Warning], *args: Any, **named: Any) -> str:
+        plain = category is UserWarning
+        return f"warning: {message}\n" if plain else usual(message, category, *args, **named)
+
+    warnings.formatwarning = in_words
+    hook = sys.unraisablehook
+
+    def unless_late(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = unless_late
+
+
+def write_anything() -> None:
+    """Lets names that the terminal's encoding does not have be printed, as backslash escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
