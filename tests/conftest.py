@@ -1,6 +1,7 @@
 """Eight CPU devices, one compilation cache for the session, and what several tests share."""
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -55,6 +56,14 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Frees what a module compiled: thousands of programs would take several gigabytes."""
+    yield
+    gc.collect()
+    jax.clear_caches()
 
 
 @pytest.fixture

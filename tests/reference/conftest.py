@@ -3,8 +3,10 @@
 A case is an .npz with `meta` (JSON), known by its content: its file name does not matter.
 """
 
+import gc
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from detector_case import DetectorCase, read_meta
@@ -72,7 +74,9 @@ def compare(request):
 
 @pytest.fixture(scope="module")
 def detector_case(request):
-    return DetectorCase(request.param)
+    yield DetectorCase(request.param)
+    gc.collect()
+    jax.clear_caches()  # several of these networks at once would take gigabytes
 
 
 @pytest.fixture(scope="module")
