@@ -18,7 +18,7 @@ from gfl_jax.data.sources import open_split
 from gfl_jax.distributed import parallel
 from gfl_jax.hosts import Hosts, is_first, join
 from gfl_jax.models.network import Network
-from gfl_jax.paths import as_path, write
+from gfl_jax.paths import as_path, write, writing
 from gfl_jax.run import load
 from gfl_jax.training.evaluator import Evaluator
 from gfl_jax.visualize import contact_sheet
@@ -93,15 +93,16 @@ def main(arguments: list[str]) -> None:
     # ------------------------------------------------------------------ numbers and picture
     if not is_first():
         return
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "results.json", json.dumps(results))
-    write(out / "metrics.json", json.dumps({"step": run.step, **evaluation.metrics}))
-    contact_sheet(out / "detections.png", split, results)
     print(
         f"\nstep {run.step} of {run.folder} on "
         f"{len(evaluator.plan.indices)} images\n"
         f"{evaluation}\n\n{evaluation.class_table()}\n\n"
         f"{with_post:.2f} images/s, {without_post:.2f} without post-processing (batches of "
-        f"{evaluator.plan.batch_size} on {devices.count} x {devices.kind}, loading not counted)\n"
-        f"picture {out / 'detections.png'}, results {out / 'results.json'}"
+        f"{evaluator.plan.batch_size} on {devices.count} x {devices.kind}, loading not counted)"
     )
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write(out / "results.json", json.dumps(results))
+    write(out / "metrics.json", json.dumps({"step": run.step, **evaluation.metrics}))
+    contact_sheet(out / "detections.png", split, results)
+    print(f"picture {out / 'detections.png'}, results {out / 'results.json'}")

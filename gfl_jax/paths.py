@@ -1,6 +1,7 @@
 """Files and folders, local or in a bucket: everything a run keeps goes through here."""
 
 import contextlib
+import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,29 @@ def expand_home(path: PathLike, name: str) -> Path:
             f"{name} is {os.fspath(path)}, but HOME is not set and this user has no home folder: "
             "set HOME, or give a path without ~"
         ) from error
+
+
+def path_for_checkpoints(folder: PathLike) -> epath.Path:
+    """The absolute path of a folder of checkpoints, or of what holds it.
+
+    Raises:
+        InputError: Orbax cannot keep checkpoints there.
+    """
+    given = as_path(folder)
+    absolute = given if is_remote(given) else given.absolute()
+    name = str(absolute)
+    if glob.has_magic(name) or "\\" in name:
+        raise InputError(
+            f"{name}: checkpoints cannot be in a folder with one of * ? [ \\ in its path, which "
+            "Orbax takes for a pattern or an escape: rename it"
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name!r}: checkpoints cannot be in a folder whose path is not valid UTF-8: rename it"
+        ) from error
+    return absolute
 
 
 def size_of_file(path: epath.Path) -> int:

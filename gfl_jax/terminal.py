@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import logging
 import os
 import select
 import signal
@@ -63,9 +64,22 @@ def second_interrupt_ends() -> None:
 def plain_warnings() -> None:
     """Prints warnings for users without the line of code that they come from.
 
-    And leaves out what tensorstore prints when one of several reads or writes failed, and the
-    others come back to an event loop that has ended: the failure itself is raised.
+    And leaves out what libraries say beside the error that ends a program:
+
+    * Orbax logs every failed write with its traceback, from several threads, and raises it too.
+    * Of tensorstore's writes the others come back to an event loop that has ended, and some of
+      Orbax's coroutines never start.
+    * Python's resource tracker, a process of its own, removes the shared memory of workers.
     """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(
+            lambda record: (
+                record.levelno < logging.ERROR
+                or "orbax" not in record.pathname + record.getMessage()
+            )
+        )
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     usual = warnings.formatwarning
 
     def in_words(message: Warning | str, category: type[Warning], *args: Any, **named: Any) -> str:

@@ -17,7 +17,7 @@ from gfl_jax.distributed import parallel
 from gfl_jax.hosts import Hosts, is_first, join, print_once
 from gfl_jax.interop.initial import initial_weights
 from gfl_jax.models.network import Network
-from gfl_jax.paths import as_path
+from gfl_jax.paths import as_path, path_for_checkpoints
 from gfl_jax.run import changes_since, describe
 from gfl_jax.training.loop import fit
 from gfl_jax.visualize import finish
@@ -52,6 +52,7 @@ def main(arguments: list[str]) -> None:
     command = parse_command(default, arguments, "gfl-jax train", __doc__)
     experiment = command.experiment
     workdir = as_path(command.workdir or f"runs/{run_name(config)}")
+    path_for_checkpoints(workdir)  # before anything is prepared
     join(command.hosts)
 
     # ------------------------------------------------------------------ data

@@ -121,7 +121,7 @@ def test_a_run_trains_evaluates_and_draws(finished, workspace):
     assert steps_of(workdir, "train") == list(range(1, 28))
     assert steps_of(workdir, "val") == [12, 24, 27]  # every fourth epoch and at the end
     for entry in read_metrics(workdir):
-        values = [value for key, value in entry.items() if key not in ("kind", "data")]
+        values = [value for key, value in entry.items() if key not in ("kind", "data", "settings")]
         assert np.isfinite(values).all()
         if entry["kind"] == "val":
             assert set(METRICS) <= set(entry)
@@ -217,6 +217,16 @@ def test_a_finished_run_is_evaluated_on_the_data_that_it_is_given(finished, work
     } <= {*range(1, 6)}
     assert "nothing left to train\n" in workspace.train(workdir, "--data.num-val=5")
     assert "nothing left to train; evaluating\n" in workspace.train(workdir)
+
+
+def test_a_finished_run_is_evaluated_with_the_settings_that_it_is_given(finished, workspace):
+    workdir = workspace.folder / "other settings"
+    shutil.copytree(finished[0], workdir)
+    printed = workspace.train(workdir, "--detector.inference.max-per-image=1")
+    assert "WARNING" not in printed
+    assert "nothing left to train; evaluating\n" in printed
+    results = json.loads((workdir / "results.json").read_text())
+    assert sorted(result["image_id"] for result in results) == list(range(1, 11))
 
 
 def test_a_finished_run_is_left_as_it_is(finished, workspace):

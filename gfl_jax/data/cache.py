@@ -65,10 +65,11 @@ def open_in_cache(name: str, raw: RawSplit, cache_dir: Path, on_error: OnError) 
                 with new_folder(folder) as partial:
                     write_prepared(partial, {name: raw}, on_error)
         earlier = [n for n in known["folders"] if n != folder.name and (cache_dir / n).is_dir()]
-        for other in earlier:
+        if earlier:
+            listed = ", ".join(str(cache_dir / other) for other in earlier)
             print(
-                f"{cache_dir / other} was prepared from an earlier state of {raw.annotations} or "
-                "its images: delete it if no run uses it"
+                f"prepared from earlier states of {raw.annotations} or its images: {listed}; "
+                "delete what no run uses"
             )
         known["folders"] = [*earlier, folder.name]
         new = memory.with_suffix(".new")
@@ -87,9 +88,11 @@ def _recall(memory: Path) -> dict[str, Any]:
 
 
 def _stamps(folder: Path, names: Sequence[str]) -> np.ndarray:
-    """Sizes and times of files, which reveal a change; -1 for a missing file; int64 [N, 2].
+    """Sizes and times of files, which reveal a change; -1 for a missing file; int64 [N, 3].
 
-    A third faster than with whole paths: all images are looked up at every start.
+    The second time, of the last change of the file's entry, cannot be set: it also reveals a file
+    that a copy with the old date has replaced. Names relative to the folder are looked up a third
+    faster than whole paths, and all images are looked up at every start.
     """
     stamps = []
     with contextlib.ExitStack() as stack:
@@ -100,10 +103,10 @@ def _stamps(folder: Path, names: Sequence[str]) -> np.ndarray:
         for name in names:
             try:
                 status = os.stat(name if at else os.path.join(folder, name), **at)
-                stamps.append((status.st_size, status.st_mtime_ns))
+                stamps.append((status.st_size, status.st_mtime_ns, status.st_ctime_ns))
             except (OSError, ValueError):
-                stamps.append((-1, -1))
-    return np.array(stamps, np.int64).reshape(-1, 2)
+                stamps.append((-1, -1, -1))
+    return np.array(stamps, np.int64).reshape(-1, 3)
 
 
 def _file_name(entry: Any) -> str | None:

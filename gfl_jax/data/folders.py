@@ -35,6 +35,8 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         WriteError: what is done meanwhile fails for the disk's sake: it is full, read-only, ...
     """
+    if folder.parent.exists() and not folder.parent.is_dir():
+        raise InputError(f"cannot prepare data in {folder.parent}: it is not a folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(folder.with_name(f".{folder.name}.lock"), "w") as file:

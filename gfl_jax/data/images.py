@@ -177,7 +177,10 @@ def _imdecode(data: bytes, flags: int, name: str) -> np.ndarray:
     except cv2.error:  # empty data, or larger than OpenCV allows
         image = None
     if image is None:
-        raise InputError(f"{name or 'image'}: truncated or not an image ({len(data)} bytes)")
+        raise InputError(
+            f"{name or 'image'}: truncated or not an image of 8 or 16 bits per channel "
+            f"({len(data)} bytes)"
+        )
     return image
 
 

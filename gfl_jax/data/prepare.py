@@ -34,8 +34,15 @@ from gfl_jax.data.coco_format import (
 )
 from gfl_jax.data.folders import local_folder, locked, new_folder
 from gfl_jax.data.manifest import MANIFEST, split_entry, write_manifest
-from gfl_jax.data.records import Table
-from gfl_jax.data.sixteen_bits import WHITE, as_8_bits, read_16_bits
+from gfl_jax.data.records import Table, load_table
+from gfl_jax.data.sixteen_bits import (
+    WHITE,
+    as_8_bits,
+    dark_images,
+    nearly_largest,
+    read_16_bits,
+)
+from gfl_jax.data.suspicions import suspicion
 from gfl_jax.errors import InputError
 
 _SHARD_BYTES = 1 << 27
@@ -148,6 +155,8 @@ def main(
         return
     for name in splits:
         print(f"{name}: {report_of(epath.Path(folder), name)}")
+        if said := suspicion(load_table((folder / name / "table.npz").read_bytes())):
+            print(f"warning: {name}: {said}")
     size = sum(file.stat().st_size for file in folder.rglob("*"))
     print(f"{folder}: {size / 1e9:.2f} GB, train with --data.prepared {dst}")
 
@@ -208,7 +217,7 @@ def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> 
     shards: dict[str, int] = {}
     kept: list[ImageEntry] = []
     brightest: dict[str, int] = {}  # of images of 16 bits
-    pixels = 0
+    crc32 = 0
     parts = _shards(entries, raw.images)
     with tqdm(total=len(entries), desc=f"preparing {split}", unit=" images") as progress:
         for i, part in enumerate(parts):
@@ -220,7 +229,7 @@ def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> 
                 progress.update()
                 if data is not None:
                     writer.write(data)
-                    pixels = zlib.crc32(data, pixels)
+                    crc32 = zlib.crc32(data, crc32)
                     kept.append(entry)
             try:
                 writer.close()
@@ -228,14 +237,11 @@ def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> 
                 raise OSError(str(error)) from error
             shards[name] = len(kept) - before
     report.conclude(kept, on_error)
-    if not raw.white and brightest and (most := max(brightest.values())) < (WHITE + 1) // 4:
-        file = max(brightest, key=lambda name: brightest[name])
-        detail = (
-            f"none of the {len(brightest)} images of 16 bits has a value above {most}, of {WHITE}"
-        )
+    if not raw.white and (found := dark_images(brightest)):
+        file, white, detail = found
         advice = (
-            f"Networks see the upper 8 bits, here nearly black. --data.white {most} (gfl-jax "
-            f"prepare: --white {most}) makes {most} white; {WHITE} takes them as they are."
+            f"Networks see the upper 8 bits, here nearly black. --data.white {white} (gfl-jax "
+            f"prepare: --white {white}) makes {white} white; {WHITE} takes them as they are."
         )
         raise data_error("dark images", raw.images / file, detail, advice)
 
@@ -247,13 +253,13 @@ def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> 
     )
     save_table(epath.Path(folder / split / "table.npz"), table)
     categories = {"category_ids": report.category_ids, "category_names": report.category_names}
-    annotations = for_evaluation(kept, dict(zip(*categories.values(), strict=True)))
-    (folder / split / "annotations.json").write_text(json.dumps(annotations))
+    annotations = json.dumps(for_evaluation(kept, dict(zip(*categories.values(), strict=True))))
+    (folder / split / "annotations.json").write_text(annotations)
     (folder / split / "report.json").write_text(json.dumps(_relocatable(report), indent=1))
     return {
         "made_from": {"annotations": raw.annotations.name, "sha256": digest, "on_error": on_error},
         "images": report.images_kept,
-        "pixels": pixels,
+        "content": zlib.crc32(annotations.encode(), crc32),
         "annotations": report.annotations_kept,
         **categories,
         **split_entry(epath.Path(folder), split, shards),
@@ -286,7 +292,7 @@ def _load(
         try:
             data = (raw.images / entry.filename).read_bytes()
             if (deep := read_16_bits(data)) is not None:
-                brightest[entry.filename] = int(deep.max())
+                brightest[entry.filename] = nearly_largest(deep)
                 data = as_8_bits(deep, raw.white) if raw.white else data
             images.decode(data, entry.size, entry.filename)
         except (OSError, ValueError) as error:

@@ -147,7 +147,7 @@ class PreparedSplit:
         category_ids: the id of each class label.
         category_names: the name of each class label.
         annotations: a COCO json of what was kept, for the evaluation; None if there is none.
-        pixels: CRC-32 of the image files' bytes; 0 where nobody has read them all.
+        content: CRC-32 of all image files and annotations; 0 where nobody has read them all.
     """
 
     source: RecordSource
@@ -155,7 +155,7 @@ class PreparedSplit:
     category_ids: list[int]
     category_names: list[str]
     annotations: epath.Path | None
-    pixels: int = 0
+    content: int = 0
 
     @property
     def sizes(self) -> np.ndarray:
@@ -206,5 +206,5 @@ def open_prepared(folder: PathLike, split: str) -> PreparedSplit:
         entry["category_ids"],
         entry["category_names"],
         folder / split / "annotations.json",
-        entry.get("pixels", 0),
+        entry.get("content", 0),
     )

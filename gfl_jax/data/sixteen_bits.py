@@ -1,5 +1,7 @@
 """Images of 16 bits per channel, whose values seldom reach 65535: networks see 8 bits."""
 
+from collections.abc import Mapping
+
 import cv2
 import numpy as np
 
@@ -27,6 +29,34 @@ def read_16_bits(data: bytes) -> np.ndarray | None:
     except cv2.error:
         return None
     return image if image is not None and image.dtype == np.uint16 else None
+
+
+def nearly_largest(image: np.ndarray) -> int:
+    """The value that 99.9% of an image's values do not exceed: a hot pixel does not matter."""
+    return int(np.percentile(image, 99.9, method="lower"))
+
+
+def dark_images(brightest: Mapping[str, int]) -> tuple[str, int, str] | None:
+    """Whether most images of 16 bits use only a small part of them.
+
+    Args:
+        brightest: `nearly_largest` of each image, by its file's name. All black ones do not count.
+
+    Returns:
+        The brightest of the dark images, the value that should be white (4095 for 12 bits), and
+        both in words; None if the images are as bright as others.
+    """
+    seen = {name: value for name, value in brightest.items() if value}
+    dark = {name: value for name, value in seen.items() if value < (WHITE + 1) // 4}
+    if 2 * len(dark) <= len(seen):
+        return None
+    file = max(dark, key=lambda name: dark[name])
+    white = max(2 ** dark[file].bit_length() - 1, 255)
+    words = (
+        f"{len(dark)} of {len(seen)} images of 16 bits have hardly a value above {dark[file]}, of "
+        f"{WHITE}"
+    )
+    return file, white, words
 
 
 def as_8_bits(image: np.ndarray, white: int) -> bytes:

@@ -44,12 +44,12 @@ def suspicion(table: Table) -> str:
     sizes = np.repeat(table.sizes[: len(starts) - 1], np.diff(starts), axis=0)
     sizes = sizes[:, ::-1]  # width, height
     start, end = table.boxes[: starts[-1], :2], table.boxes[: starts[-1], 2:]
-    if (end <= 1.01).all(1).mean() > 0.9:
+    stated = end - start  # width and height, or the lower right corner
+    if ((end <= 1.01) | ((start <= 1.01) & (stated <= 1.01))).all(1).mean() > 0.9:
         return (
             "the boxes lie between 0 and 1: they look like shares of the image's width and "
             "height, where COCO's are in pixels"
         )
-    stated = end - start  # width and height, or the lower right corner
     as_corners = ((stated > start) & (stated <= sizes + 1)).all(1)
     sticks_out = (end > 1.1 * sizes).any(1)
     if len(start) >= 3 and as_corners.mean() > 0.95 and sticks_out.mean() > 0.3:

@@ -67,6 +67,8 @@ def initial_weights(
             f"--model.init-from {source} was trained with other pixels than this model: pass "
             f"{' '.join(flags)}"
         )
+    if bad := [name for name, x in trained.arrays.items() if not np.isfinite(x).all()]:
+        raise InputError(f"--model.init-from {source} holds NaN or infinity in {in_short(bad)}")
     ours = network.by_path(variables)
     in_torch = {torch_name(path): to_torch(path, array) for path, array in ours.items()}
     given, outputs = dict(trained.arrays), class_outputs(experiment)
@@ -85,13 +87,23 @@ def initial_weights(
         )
     common = shared(category_names, trained.classes) if given.keys() >= outputs.keys() else []
     left_out = [name for name in outputs if name in trained.arrays.keys() - given.keys()]
+    others = [name for name in trained.classes if name not in common]
     print_once(
         f"weights of {source}: {len(ours) - len(random)} of {len(ours)} arrays\n"
         f"  classes taken over: {some(common)}; new: "
-        f"{some([name for name in category_names if name not in common])}\n"
+        f"{some([name for name in category_names if name not in common])}; left out: "
+        f"{some(others)}\n"
         f"  not in it, therefore random: {in_short(random)}\n"
         f"  left out: {in_short([*mismatch.unexpected, *misshapen, *left_out])}"
     )
+    if trained.classes and left_out:
+        print_once(
+            f"  its class outputs do not fit the {len(trained.classes)} classes that it names, or "
+            "have other priors per cell: none was taken over"
+        )
+    like = {name.strip().lower() for name in category_names}
+    if near := [n for n in others if n not in category_names and n.strip().lower() in like]:
+        print_once(f"  names must agree in case and blanks, which these do not: {some(near)}")
     if not trained.pixels:
         print_once(
             "  it does not say on what pixels it was trained; they must be those of this model: "

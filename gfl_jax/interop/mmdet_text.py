@@ -86,20 +86,21 @@ def checked(
         InputError: the config contradicts an experiment that was inferred from the arrays.
     """
     config = config_in(meta)
-    if not config:
-        if not named:
-            flags = [_flag(*field) for field in pixel_fields(experiment.model).items()]
-            warnings.warn(
-                f"{source} does not hold its config; it is taken to be trained with "
-                f"{' '.join(flags)}. If it was not, name a config of this project with --config",
-                stacklevel=3,
-            )
-        return experiment
     said: Mapping[str, Any] = {}
     with contextlib.suppress(InputError) if named else contextlib.nullcontext():
         said = fields_said(config)
     if not named:
         experiment = as_said(experiment, said)
+        if "model.mean" not in said:
+            lacks = "say how it treats pixels" if config else "hold its config"
+            flags = [_flag(*field) for field in pixel_fields(experiment.model).items()]
+            warnings.warn(
+                f"{source} does not {lacks}; it is taken to be trained with {' '.join(flags)}. If "
+                "it was not, name a config of this project with --config",
+                stacklevel=3,
+            )
+    if not config:
+        return experiment
     predicts, trains = contradictions(experiment, config)
     if predicts and not named:
         raise InputError(

@@ -7,8 +7,6 @@ number of processes can restore them.
 """
 
 import contextlib
-import glob
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -18,18 +16,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gfl_jax.errors import InputError, MissingFileError, WriteError
-from gfl_jax.paths import PathLike, as_path, is_remote
+from gfl_jax.paths import PathLike, as_path, path_for_checkpoints
 
 _STATUS = re.compile("[A-Z_]+: ")
 """Prefix of ValueErrors from tensorstore, which reads and writes the arrays: 'RESOURCE_EXHAUSTED: '
 for a full disk, 'PERMISSION_DENIED: ' for a bucket."""
 
 _DAMAGED = "is damaged: delete this folder to go back to the previous one"
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Orbax logs every failed write with its traceback, from several threads, and raises it too."""
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname + record.getMessage()
 
 
 class Checkpoints:
@@ -48,19 +41,10 @@ class Checkpoints:
             writes: True for the run that saves to it: leftovers of interrupted saves are removed.
 
         Raises:
-            InputError: its path looks like a pattern.
+            InputError: see `path_for_checkpoints`.
         """
-        folder = as_path(folder)
-        self.folder = folder if is_remote(folder) else folder.absolute()
-        if glob.has_magic(str(self.folder)):
-            raise InputError(
-                f"{self.folder}: checkpoints cannot be kept in a folder with one of * ? [ in its "
-                "path, which Orbax takes for a pattern: rename it"
-            )
+        self.folder = path_for_checkpoints(folder)
         self._writing = -1
-        if writes:
-            for name in ("absl", "asyncio"):
-                logging.getLogger(name).addFilter(_is_news)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, cleanup_tmp_directories=writes
         )
@@ -121,8 +105,7 @@ class Checkpoints:
         try:
             return dict(self._manager.restore(self.step, args=args)["about"])
         except (OSError, ValueError, TypeError) as error:
-            where = self.folder / str(self.step)
-            raise InputError(f"the checkpoint {where} {_DAMAGED}. {error}") from error
+            raise self._unreadable(error, _DAMAGED) from error
 
     def read(self, item: str) -> Any:
         """An item of the newest checkpoint as stored: dictionaries of arrays on the host.
@@ -136,9 +119,13 @@ class Checkpoints:
 
     def _must_have_items(self, names: Iterable[str]) -> None:
         """Raises unless there is a checkpoint with these items."""
-        if self.step is None:
-            raise MissingFileError(f"no complete checkpoint in {self.folder}")
-        folder = self.folder / str(self.step)
+        for _ in range(5):
+            if self.step is None:
+                raise MissingFileError(f"no complete checkpoint in {self.folder}")
+            folder = self.folder / str(self.step)
+            if folder.is_dir():
+                break
+            self._manager.reload()  # a run that is saving has deleted it
         if missing := [name for name in names if not (folder / name).is_dir()]:
             raise InputError(
                 f"the checkpoint {folder} does not hold {', '.join(missing)}: it was written by an "
@@ -169,13 +156,20 @@ class Checkpoints:
             if not different:
                 damaged = isinstance(error, OSError) or _STATUS.match(str(error))
                 remedy = _DAMAGED if damaged else "cannot be read"
-                raise InputError(f"{where} {remedy}. {error}") from error
+                raise self._unreadable(error, remedy) from error
         if different:
             raise InputError(
                 f"{where} is of another model or optimiser than this config's; use another "
                 f"--workdir, or that config: {different}"
             )
         return items
+
+    def _unreadable(self, error: Exception, remedy: str) -> InputError:
+        """The error of a checkpoint that could not be read."""
+        folder = self.folder / str(self.step)
+        if not folder.is_dir():
+            remedy = "was deleted while it was read, by a run that goes on: try again"
+        return InputError(f"the checkpoint {folder} {remedy}. {error}")
 
     def _stored_differences(self, like: Mapping[str, Any]) -> str:
         """What `_differences` says of the items as they are stored; '' if they cannot be read."""
@@ -205,6 +199,11 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) and not _STATUS.match(str(error)):
                 raise
+            if not self.folder.is_dir():
+                raise WriteError(
+                    f"the checkpoint of step {self._writing} could not be written: {self.folder} "
+                    "is gone. The same command starts anew"
+                ) from error
             kept = "no earlier one" if self.step is None else f"the one of step {self.step}"
             raise WriteError(
                 f"the checkpoint of step {self._writing} could not be written to {self.folder}, "

@@ -33,7 +33,7 @@ class Logbook:
         folder: of the newest checkpoints.
         start: step of the newest checkpoint; 0 if there is none.
         before: what that checkpoint says about itself; empty if there is none.
-        evaluated: whether the metrics end with an evaluation of that step on this data.
+        evaluated: whether the metrics end with an evaluation of that step as it would be now.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Logbook:
         self._log = MetricsLog(workdir, self.start, writes=is_first())
         self.before = {} if step is None else self._newest.about()
         last = self._log.last("val")
-        done = last.get("step") == self.start and self._same_data(last.get("data"))
-        self.evaluated = bool(devices.from_first(done))
+        same = all(last.get(word) in (None, now) for word, now in about["evaluation"].items())
+        self.evaluated = bool(devices.from_first(same and last.get("step") == self.start))
         best = {} if self._best.step is None else self._best.about()
         # An AP on other images does not compare.
         self._best_counts = self._same_data(best.get("data", {}).get("val"))
@@ -190,8 +190,8 @@ class Logbook:
             results: its detections as COCO results.
         """
         if is_first():
-            write(self._workdir / "results.json", json.dumps(results))
             self._progress.write(f"step {step}\n{evaluation}")
+            write(self._workdir / "results.json", json.dumps(results))
         if (ap := evaluation.metrics["AP"]) > self._best_ap:
             self._best_ap = ap
             with self._clock("saving"):
@@ -202,7 +202,7 @@ class Logbook:
                     self._best_counts = True
                 self._best.save(step, items, {**self._about, "AP": ap})
                 self._best.wait()  # a logged evaluation is not repeated after a kill
-        self._log.write("val", step, evaluation.metrics, data=self._about["data"]["val"])
+        self._log.write("val", step, evaluation.metrics, **self._about["evaluation"])
         self._log.flush()
         self._restart()
 

@@ -19,7 +19,14 @@ from gfl_jax.training.evaluator import Evaluator
 from gfl_jax.training.instruments import Clock, Profiler, keep_compiled
 from gfl_jax.training.lock import held
 from gfl_jax.training.logbook import Logbook
-from gfl_jax.training.start import announce, check, check_resumed, key_of, with_warmup_that_ends
+from gfl_jax.training.start import (
+    announce,
+    check,
+    check_resumed,
+    evaluation_settings,
+    key_of,
+    with_warmup_that_ends,
+)
 from gfl_jax.training.step import (
     Train,
     TrainState,
@@ -77,7 +84,8 @@ def fit(
     total = train.epochs * per_epoch
     train = with_warmup_that_ends(train, per_epoch)
     keys = {"train": key_of(train_split), "val": key_of(val_split)}
-    about = {**about, "data": keys, "steps_per_epoch": per_epoch}
+    evaluation = {"data": keys["val"], "settings": evaluation_settings(network, detector, data)}
+    about = {**about, "data": keys, "evaluation": evaluation, "steps_per_epoch": per_epoch}
     with contextlib.ExitStack() as stack:
         stack.enter_context(held(workdir, devices))
 

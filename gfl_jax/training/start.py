@@ -10,9 +10,12 @@ import numpy as np
 from gfl_jax.data.classes import class_error
 from gfl_jax.data.plan import BatchPlan
 from gfl_jax.data.records import PreparedSplit
+from gfl_jax.data.sources import Data
+from gfl_jax.detectors.dense import Detector
 from gfl_jax.distributed import Devices
 from gfl_jax.errors import InputError
 from gfl_jax.hosts import print_once
+from gfl_jax.models.network import Network
 from gfl_jax.training.step import Train
 
 
@@ -34,11 +37,17 @@ def check(
 
 
 def key_of(split: PreparedSplit) -> str:
-    """Tells data sets apart, wherever they are: by names, pixels and objects of the images."""
-    digest = hashlib.sha256(str(split.pixels).encode())
-    for column in ("image_ids", "filenames", "sizes", "starts", "boxes", "labels"):
-        digest.update(np.ascontiguousarray(getattr(split.table, column)).tobytes())
+    """Distinguishes data sets, wherever they are: by all that is known of images and objects."""
+    digest = hashlib.sha256(str(split.content).encode())
+    for column in split.table:
+        digest.update(np.ascontiguousarray(column).tobytes())
     return digest.hexdigest()[:16]
+
+
+def evaluation_settings(network: Network, detector: Detector, data: Data) -> str:
+    """Distinguishes the settings that the AP of the same weights on the same data depends on."""
+    settings = network.model, detector, data.scale, data.keep_ratio, data.canvases
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
 def with_warmup_that_ends(train: Train, steps_per_epoch: int) -> Train:
@@ -47,12 +56,18 @@ def with_warmup_that_ends(train: Train, steps_per_epoch: int) -> Train:
     It then takes a tenth of the steps before the learning rate first drops.
     """
     before_drop = min([train.epochs, *train.milestones]) * steps_per_epoch
+    end = "the learning rate drops" if train.epochs > before_drop / steps_per_epoch else "the end"
     if train.warmup_steps < max(before_drop, 1):
+        if train.warmup_steps > before_drop / 2:
+            print_once(
+                f"the warm-up takes {train.warmup_steps} of the {before_drop} steps before {end}: "
+                "--train.warmup-steps sets another number"
+            )
         return train
     shorter = dataclasses.replace(train, warmup_steps=before_drop // 10)
     print_once(
-        f"a warm-up of {train.warmup_steps} steps would not end before the learning rate drops "
-        f"after {before_drop}: it takes {shorter.warmup_steps} instead; set --train.warmup-steps"
+        f"a warm-up of {train.warmup_steps} steps would not end before {end}, after {before_drop} "
+        f"steps: it takes {shorter.warmup_steps} instead; set --train.warmup-steps"
     )
     return shorter
 
@@ -71,6 +86,8 @@ def check_resumed(before: Mapping[str, Any], about: Mapping[str, Any], start: in
     """
     if not before:
         return
+    if source := about.get("experiment", {}).get("model", {}).get("init_from"):
+        print_once(f"--model.init-from {source} is not read: this work directory has a checkpoint")
     then, now = (
         list(zip(said["category_ids"], said["category_names"], strict=True))
         for said in (before, about)
@@ -116,7 +133,8 @@ def announce(
             f"the checkpoint is at step {start}, --train.epochs {train.epochs} ends at "
             f"{total}: nothing left to train" + ("" if evaluated else "; evaluating")
         )
-    elif start:
+        return
+    if start:
         print_once(
             f"resuming from step {start} of {total} (epoch {start / plan.steps_per_epoch:.4g} of "
             f"{train.epochs}) in {folder}"

@@ -23,6 +23,7 @@ from gfl_jax.data import images
 from gfl_jax.data import prepare as preparing
 from gfl_jax.data.coco_format import DataError, check, read_json
 from gfl_jax.data.prepare import RawSplit, make_table
+from gfl_jax.data.sixteen_bits import dark_images, nearly_largest
 from gfl_jax.data.sources import CocoFolder, Prepared, Shapes, Tfds
 from gfl_jax.errors import InputError, WriteError
 from gfl_jax.training.start import key_of
@@ -444,7 +445,9 @@ def test_what_is_no_longer_valid_is_reported(tmp_path, capsys):
     assert "delete" not in capsys.readouterr().out
     image_file(folder.images / "1.jpg", seed=99)
     prepare(folder, tmp_path / "cache")
-    assert f"{first.annotations.parents[1]} was prepared from an earlier" in capsys.readouterr().out
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if "delete" in x)
+    assert line.startswith(f"prepared from earlier states of {folder.annotations} or its images: ")
+    assert str(first.annotations.parents[1]) in line
 
 
 # ---------------------------------------------------------------------------- 16 bits
@@ -461,13 +464,11 @@ def test_16_bits_that_would_be_black_are_refused_until_it_is_said_what_is_white(
     for name, image in eight.items():
         deep = image.astype(np.uint16) * 16
         cv2.imwrite(str(folder.images / name), deep[..., 1] if grey else deep)
-    largest = max(int(image[..., 1].max() if grey else image.max()) for image in eight.values())
     for on_error in ("raise", "skip"):
         with pytest.raises(
-            DataError, match=rf"(?s)dark images .*above {16 * largest}, of 65535"
-        ) as e:
+            DataError, match=r"(?s)dark images .*4 of 4 images .*above \d{4}, .* --data.white 4095"
+        ):
             prepare(folder, tmp_path / "cache", on_error)
-        assert f"--data.white {16 * largest}" in str(e.value)
 
     split = prepare(dataclasses.replace(folder, white=16 * 255), tmp_path / "cache")
     for record in split.source:
@@ -477,6 +478,18 @@ def test_16_bits_that_would_be_black_are_refused_until_it_is_said_what_is_white(
         assert (seen == expected).all()
     as_they_are = prepare(dataclasses.replace(folder, white=65535), tmp_path / "cache")
     assert images.decode(as_they_are.source[0]["image"]).max() <= 16
+
+
+def test_hot_pixels_and_few_brighter_images_do_not_hide_that_the_others_are_dark():
+    dark = np.full((32, 48, 3), 300, np.uint16)
+    dark[0, 0, 0] = 65535
+    brightest = {"a": nearly_largest(dark), "b": 900, "c": 60000, "black": 0}
+    file, white, said = dark_images(brightest)
+    assert (file, white) == ("b", 1023)
+    assert said.startswith("2 of 3 images")
+    assert dark_images({"a": 300, "c": 60000}) is None
+    assert dark_images({"black": 0}) is None
+    assert dark_images({}) is None
 
 
 def test_16_bits_that_are_used_are_taken_as_they_are(tmp_path):
@@ -567,7 +580,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, limit):
 def test_a_cache_that_is_no_folder_is_named(tmp_path):
     folder = make(tmp_path)
     (tmp_path / "cache").write_text("")
-    with pytest.raises(WriteError, match=r"cannot prepare data in .*cache.*exists"):
+    with pytest.raises(InputError, match=r"cannot prepare data in .*cache: it is not a folder"):
         prepare(folder, tmp_path / "cache")
 
 

@@ -29,6 +29,7 @@ def opened(root, changes=lambda box: {}, images=None):
         (lambda box: {"area": 0}, "not trained on: 4 area 0; without the field `area`"),
         (lambda box: {"bbox": [*box[:2], 0.9, 5]}, "not trained on: 4 under 1 pixel wide or high"),
         (lambda box: {"bbox": [x / 48 for x in box]}, "between 0 and 1: .*shares of the image"),
+        (lambda box: {"bbox": [0.9, 0.8, 0.4, 0.6]}, "between 0 and 1: .*shares of the image"),
         (
             lambda box: {"iscrowd": int(box[0] < 5), "area": 0},
             "of 4 images 0 have .* under 32 pixels; of 4 objects .*: 2 crowds, 2 area 0",

@@ -18,6 +18,7 @@ import pytest
 from gfl_jax.cli import load_experiment, load_rows
 from gfl_jax.config import Experiment, Train, from_dict, to_dict
 from gfl_jax.detectors.dense import Detector
+from gfl_jax.errors import WriteError
 from gfl_jax.models.network import Variables
 from gfl_jax.priors import SquareAnchors
 from gfl_jax.run import changes_since, describe, experiment_of
@@ -202,12 +203,40 @@ def test_what_cannot_be_read_is_not_called_another_model(tmp_path, monkeypatch):
     assert "another model" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["gfl[lr0.01]", "gfl*", "what?"])
-def test_a_folder_that_looks_like_a_pattern_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=r"\* \? \[") as error:
+@pytest.mark.parametrize("name", ["gfl[lr0.01]", "gfl*", "what?", "a\\b", "\udce9"])
+def test_a_folder_that_orbax_could_not_use_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"\* \? \[ \\|not valid UTF-8") as error:
         Checkpoints(tmp_path / name / "checkpoints", writes=True)
-    assert str(tmp_path / name) in str(error.value)
-    assert not (tmp_path / name).exists()
+    assert str(tmp_path / name) in str(error.value) or "UTF-8" in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_goes_on_to_the_next_when_a_run_deletes_what_it_saw(tmp_path):
+    with Checkpoints(tmp_path / "c", writes=True) as run:
+        run.save(1, {"state": {"x": np.full(3, 1.0)}}, {"n": 1})
+        run.wait()
+        reader = Checkpoints(tmp_path / "c")
+        assert reader.about() == {"n": 1}
+        run.save(2, {"state": {"x": np.full(3, 2.0)}}, {"n": 2})
+        run.wait()
+        assert not (tmp_path / "c" / "1").exists()
+        np.testing.assert_array_equal(reader.read("state")["x"], np.full(3, 2.0))
+        assert (reader.step, reader.about()) == (2, {"n": 2})
+
+
+def test_of_a_folder_that_was_removed_nothing_is_said_to_be_left(tmp_path, monkeypatch):
+    run = Checkpoints(tmp_path / "c", writes=True)
+    run.save(1, {"state": {"x": np.ones(3)}}, {})
+    run.wait()
+    shutil.rmtree(tmp_path / "c")
+
+    def fails(*_, **__):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(run._manager, "save", fails)
+    with pytest.raises(WriteError, match=r"step 2 could not be written: .*c is gone") as error:
+        run.save(2, {"state": {"x": np.ones(3)}}, {})
+    assert "step 1" not in str(error.value)
 
 
 def test_weights_are_not_used_with_other_anchors(tmp_path):
