@@ -71,7 +71,9 @@ def plain_warnings() -> None:
       Orbax's coroutines never start.
     * Python's resource tracker, a process of its own, removes the shared memory of workers.
     """
-    for name in ("absl", "asyncio"):
+    import absl.logging  # whose records name their caller only if its logger is made first
+
+    for name in (absl.logging.get_absl_logger().name, "asyncio"):
         logging.getLogger(name).addFilter(
             lambda record: (
                 record.levelno < logging.ERROR

@@ -6,9 +6,9 @@
 
 Each time the same command is given again. The moments are drawn at random: while it prepares its
 data, loads, steps, saves or evaluates. Every third start finds the run's files with times from the
-future, as if the clock had been set back. `--faults N` instead has N times each the disk full at a
-random moment (needs root), the work directory removed, and a worker killed: every one must end the
-run with a sentence within two minutes, or be survived.
+future, as if the clock had been set back. `--faults N` instead has N times each the disk full or
+read-only at a random moment (needs root), the work directory removed, and a worker killed: every one
+must end the run with a sentence and no traceback within two minutes, or be survived.
 
 Prints how often it was killed at what, and whether the end is the same bit by bit: every array of
 the last and the best checkpoint, the metrics, and the COCO results.
@@ -46,7 +46,7 @@ from gfl_jax.training.step import TrainState, abstract_state
 
 STEPS_PER_EPOCH, EVAL_EVERY = 3, 2
 MOMENTS = ("preparing", "loading", "stepping", "saving", "evaluating")
-FAULTS = ("disk full", "removed", "worker killed")
+FAULTS = ("disk full", "read-only", "removed", "worker killed")
 
 
 class Runs:
@@ -209,6 +209,9 @@ def fault(runs: Runs, kind: str, number: int, rng: random.Random) -> int:
                     filler.write(bytes(1 << 12))
         elif kind == "removed":
             workdir.rename(disk / "away")
+        elif kind == "read-only":
+            subprocess.run(["mount", "--bind", str(workdir), str(workdir)], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", str(workdir)], check=True)
         else:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             for task in Path(f"/proc/{process.pid}/task").iterdir():
@@ -230,6 +233,8 @@ def fault(runs: Runs, kind: str, number: int, rng: random.Random) -> int:
             return 1
         if kind == "disk full":
             (disk / "filler").unlink()
+        elif kind == "read-only":
+            subprocess.run(["umount", "-l", str(workdir)], check=True)
         elif kind == "removed":
             shutil.rmtree(workdir, ignore_errors=True)
             (disk / "away").rename(workdir)

@@ -199,10 +199,11 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) and not _STATUS.match(str(error)):
                 raise
-            if not self.folder.is_dir():
+            gone = isinstance(error, FileNotFoundError) or str(error).startswith("NOT_FOUND")
+            if gone or not self.folder.is_dir():
                 raise WriteError(
                     f"the checkpoint of step {self._writing} could not be written: {self.folder} "
-                    "is gone. The same command starts anew"
+                    "is gone, or parts of it. The same command begins with what is left"
                 ) from error
             kept = "no earlier one" if self.step is None else f"the one of step {self.step}"
             raise WriteError(
