@@ -7,8 +7,8 @@
 Each time the same command is given again. The moments are drawn at random: while it prepares its
 data, loads, steps, saves or evaluates. Every third start finds the run's files with times from the
 future, as if the clock had been set back. `--faults N` instead has N times each the disk full or
-read-only at a random moment (needs root), the work directory removed, and a worker killed: each must
-end the run with a sentence and no traceback within two minutes, or be survived.
+read-only at a random moment (needs root), the work directory removed, or a worker killed: each
+must end the run with a sentence and no traceback within two minutes, or be survived.
 
 Prints how often it was killed at what, and whether the end is the same bit by bit: every array of
 the last and the best checkpoint, the metrics, and the COCO results.
