@@ -201,6 +201,9 @@ def _import(
         model = experiment.model.with_pretrained(str(source))
         network = Network(model, experiment.detector.predicts(len(classes.names)))
         variables = load_pretrained(network, network.init(experiment.train.seed), ema=ema)
+    bad = [name for name, array in part.arrays.items() if not np.isfinite(array).all()]
+    if bad:
+        warnings.warn(f"{source} holds NaN or infinity in {in_short(bad)}", stacklevel=2)
     state = init_state(variables, sgd(experiment.train, lambda step: 0.0), experiment.train)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(0, jax.tree.map(np.asarray, state).items(), describe(experiment, *classes))

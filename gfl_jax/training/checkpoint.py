@@ -209,7 +209,7 @@ class Checkpoints:
             raise WriteError(
                 f"the checkpoint of step {self._writing} could not be written to {self.folder}, "
                 f"which still has {kept}: free some space or fix permissions, then rerun the same "
-                f"command. {error}"
+                f"command. {str(error)[:200]}"
             ) from error
 
     def close(self) -> None:

@@ -108,7 +108,7 @@ def fit(
         # ------------------------------------------------------------------ where it left off
         log = stack.enter_context(Logbook(workdir, devices, about, clock, train.log_every))
         start, last = log.start, max(log.start, total)
-        check_resumed(log.before, about, start)
+        check_resumed(log.before, about, start, log.evaluated)
         restored = log.restore(abstract_state(network, train))
         state = devices.replicate(restored or init_state(initial(), optimizer, train))
         announce(plan, train, devices, start, log.folder, log.evaluated)

@@ -72,7 +72,9 @@ def with_warmup_that_ends(train: Train, steps_per_epoch: int) -> Train:
     return shorter
 
 
-def check_resumed(before: Mapping[str, Any], about: Mapping[str, Any], start: int) -> None:
+def check_resumed(
+    before: Mapping[str, Any], about: Mapping[str, Any], start: int, evaluated: bool
+) -> None:
     """Checks that a checkpoint is of these classes, and says where it is of other data.
 
     Args:
@@ -80,6 +82,7 @@ def check_resumed(before: Mapping[str, Any], about: Mapping[str, Any], start: in
             version did not write down `data` and `steps_per_epoch`.
         about: what is stored in the checkpoints of this run.
         start: steps taken.
+        evaluated: whether step `start` was evaluated on this data.
 
     Raises:
         InputError: it was trained on other classes.
@@ -101,7 +104,7 @@ def check_resumed(before: Mapping[str, Any], about: Mapping[str, Any], start: in
             f"WARNING: the training data is not what step {start} of this work directory was "
             "trained on: training goes on from there. For a run of its own name another --workdir"
         )
-    if "val" in changed:
+    if "val" in changed and not evaluated:
         print_once(
             "WARNING: the evaluation data is not what this work directory was evaluated on: "
             "earlier APs do not compare, and `best` starts anew"

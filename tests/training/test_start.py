@@ -50,10 +50,10 @@ def test_a_tiny_set_trains_at_the_learning_rate_that_is_printed():
 
 
 def test_the_same_data_says_nothing(capsys):
-    check_resumed(ABOUT, ABOUT, 8)
-    check_resumed({}, ABOUT, 0)
+    check_resumed(ABOUT, ABOUT, 8, False)
+    check_resumed({}, ABOUT, 0, False)
     earlier_version = {name: ABOUT[name] for name in ("category_ids", "category_names")}
-    check_resumed(earlier_version, ABOUT, 8)
+    check_resumed(earlier_version, ABOUT, 8, False)
     assert capsys.readouterr().out == ""
 
 
@@ -67,7 +67,7 @@ def test_the_same_data_says_nothing(capsys):
 )
 def test_other_classes_stop_with_both_lists(ids, names, listed):
     with pytest.raises(InputError, match="another --workdir") as error:
-        check_resumed(ABOUT | {"category_ids": ids, "category_names": names}, ABOUT, 8)
+        check_resumed(ABOUT | {"category_ids": ids, "category_names": names}, ABOUT, 8, False)
     assert f"the checkpoint {listed[0]}; the data {listed[1]}" in str(error.value)
 
 
@@ -80,7 +80,7 @@ def test_other_classes_stop_with_both_lists(ids, names, listed):
     ],
 )
 def test_other_data_is_said_loudly(changed, said, capsys):
-    check_resumed(ABOUT | {"data": ABOUT["data"] | changed}, ABOUT, 8)
+    check_resumed(ABOUT | {"data": ABOUT["data"] | changed}, ABOUT, 8, False)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(said)
     for line, text in zip(lines, said, strict=True):
@@ -88,8 +88,13 @@ def test_other_data_is_said_loudly(changed, said, capsys):
         assert text in line
 
 
+def test_data_that_was_evaluated_meanwhile_is_not_said_again(capsys):
+    check_resumed(ABOUT | {"data": ABOUT["data"] | {"val": "other"}}, ABOUT, 8, True)
+    assert not capsys.readouterr().out
+
+
 def test_epochs_of_another_length_say_where_the_run_is(capsys):
-    check_resumed(ABOUT | {"steps_per_epoch": 2}, ABOUT, 6)
+    check_resumed(ABOUT | {"steps_per_epoch": 2}, ABOUT, 6, False)
     printed = capsys.readouterr().out
     assert "an epoch has 4 steps, it had 2" in printed
     assert "step 6 was the end of epoch 3 and is that of epoch 1.5" in printed
