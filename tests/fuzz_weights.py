@@ -28,6 +28,8 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1])]
 from typing import Any, ClassVar
 
 import jax
