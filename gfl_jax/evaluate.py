@@ -106,3 +106,7 @@ def main(arguments: list[str]) -> None:
     write(out / "metrics.json", json.dumps({"step": run.step, **evaluation.metrics}))
     contact_sheet(out / "detections.png", split, results)
     print(f"picture {out / 'detections.png'}, results {out / 'results.json'}")
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: gfl-jax eval, or python -m gfl_jax eval")

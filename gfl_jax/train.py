@@ -88,3 +88,7 @@ def main(arguments: list[str]) -> None:
     # ------------------------------------------------------------------ pictures
     if is_first():
         finish(workdir, val_split, time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: gfl-jax train, or python -m gfl_jax train")

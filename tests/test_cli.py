@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -492,6 +493,14 @@ def test_a_second_interrupt_ends_what_no_handler_could_stop():
     done = program(start=("-c", TWICE))
     assert done.returncode == 130
     assert done.stderr == "\nCtrl-C twice: ended without saving\n"
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("name", front_door.COMMANDS)
+def test_the_module_of_a_command_run_by_itself_says_how_to_run_it(name):
+    module, _ = front_door.COMMANDS[name][0].split(":")
+    with pytest.raises(SystemExit, match=rf"python -m gfl_jax {name}$"):
+        runpy.run_module(module, run_name="__main__")
 
 
 def program(*arguments, start=("-m", "gfl_jax")):

@@ -321,3 +321,7 @@ def _relocatable(report: DataReport) -> dict[str, Any]:
         for p in report.problems
     ]
     return dataclasses.asdict(dataclasses.replace(report, annotations_file=name, problems=problems))
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: gfl-jax prepare, or python -m gfl_jax prepare")

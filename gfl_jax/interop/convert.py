@@ -303,3 +303,7 @@ def main(
         f"missing: step 0 of {dst}\n{converted.experiment.model}\n{converted.experiment.detector}\n"
         f"next: gfl-jax eval {dst} --data.root FOLDER"
     )
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: gfl-jax convert, or python -m gfl_jax convert")

@@ -286,3 +286,7 @@ def main(
     rows = compare(stages(network, detector, variables, batch), theirs, detector.inference)
     print_table(rows)
     return int(any(row.where for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: gfl-jax crosscheck, or python -m gfl_jax crosscheck")

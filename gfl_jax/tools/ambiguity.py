@@ -326,3 +326,7 @@ def main(
     file.with_suffix(".json").write_text(json.dumps(numbers, indent=1))
     print(json.dumps(numbers, indent=1))
     print(f"{file}, {examples}, {file.with_suffix('.json')}")
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: gfl-jax ambiguity, or python -m gfl_jax ambiguity")

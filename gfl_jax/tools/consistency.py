@@ -105,3 +105,7 @@ def main(
     save_figure(figure, file)
     file.with_suffix(".json").write_text(json.dumps(numbers, indent=1))
     print(f"{file}, {file.with_suffix('.json')}")
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: gfl-jax consistency, or python -m gfl_jax consistency")

@@ -355,3 +355,7 @@ def main(
             print(f"{file}.png")
         except MissingExtraError as error:
             print(f"not drawn: {error}")
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: gfl-jax tables, or python -m gfl_jax tables")

@@ -131,3 +131,7 @@ def main(arguments: list[str]) -> None:
     values = {"about": about, "jobs": list(map(to_json, results))}
     out.with_suffix(".json").write_text(json.dumps(values, indent=1))
     print(f"\nreport {out.with_suffix('.md')}, all numbers {out.with_suffix('.json')}")
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: gfl-jax preflight, or python -m gfl_jax preflight")
