@@ -30,6 +30,13 @@ QUICK = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _forget_programs():
+    """Frees what a row compiled."""
+    yield
+    jax.clear_caches()
+
+
 def smallest(experiment):
     """A row's choices with the narrowest network, its ResNet frozen: it compiles sooner."""
     data = dataclasses.replace(experiment.data, scale=(64, 64), repeats=1)
