@@ -131,14 +131,14 @@ def evaluate(
         if not results:
             detections.dataset = {**truth.dataset, "annotations": []}
             detections.createIndex()
-        coco = COCOeval(truth, detections, "bbox")
-        coco.params.imgIds = image_ids
+        coco_eval = COCOeval(truth, detections, "bbox")
+        coco_eval.params.imgIds = image_ids
         if most > _COUNTED and max_per_image > _COUNTED:
-            coco.params.maxDets = [*coco.params.maxDets, max_per_image]
-        coco.evaluate()
-        coco.accumulate()
-        coco.summarize()
-    precision = coco.eval["precision"]  # IoU thresholds, recalls, classes, areas, detections
+            coco_eval.params.maxDets = [*coco_eval.params.maxDets, max_per_image]
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+    precision = coco_eval.eval["precision"]  # IoU thresholds, recalls, classes, areas, detections
     names = {category["id"]: category["name"] for category in truth.dataset["categories"]}
 
     def average(values: np.ndarray) -> float:
@@ -147,7 +147,7 @@ def evaluate(
 
     per_class = {
         i: ClassAP(names[i], average(precision[:, :, k, 0, 2]), average(precision[0, :, k, 0, 2]))
-        for k, i in enumerate(coco.params.catIds)
+        for k, i in enumerate(coco_eval.params.catIds)
     }
     note = ""
     if most > _COUNTED:
@@ -160,7 +160,7 @@ def evaluate(
             note += f": with detector.inference.max_per_image {max_per_image} AP is {ap:.3f}"
         else:
             note += ": with a larger detector.inference.max_per_image that AP is shown as well"
-    return Evaluation(dict(zip(METRICS, map(float, coco.stats), strict=True)), per_class, note)
+    return Evaluation(dict(zip(METRICS, map(float, coco_eval.stats), strict=True)), per_class, note)
 
 
 def _fullest(truth: COCO, image_ids: list[int]) -> tuple[int, int, int]:

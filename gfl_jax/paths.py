@@ -76,7 +76,7 @@ def path_for_checkpoints(folder: PathLike) -> epath.Path:
     given = as_path(folder)
     absolute = given if is_remote(given) else given.absolute()
     name = str(absolute)
-    if glob.has_magic(name) or "\\" in name:
+    if glob.has_magic(name) or (os.sep == "/" and "\\" in name):
         raise InputError(
             f"{name}: checkpoints cannot be in a folder with one of * ? [ \\ in its path, which "
             "Orbax takes for a pattern or an escape: rename it"

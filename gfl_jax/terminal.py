@@ -5,7 +5,6 @@ import functools
 import io
 import logging
 import os
-import select
 import signal
 import sys
 import threading
@@ -52,9 +51,12 @@ def second_interrupt_ends() -> None:
 
     def watch() -> None:
         wait_for_one()
-        if not select.select([reader], [], [], 1.0)[0]:
-            os.write(2, b"\nCtrl-C: stops after what is running now; again: ends without saving\n")
+        words = b"\nCtrl-C: stops after what is running now; again: ends without saving\n"
+        notice = threading.Timer(1.0, os.write, (2, words))
+        notice.daemon = True
+        notice.start()
         wait_for_one()
+        notice.cancel()
         os.write(2, b"\nCtrl-C twice: ended without saving\n")
         os._exit(INTERRUPTED)
 

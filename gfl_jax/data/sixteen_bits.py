@@ -53,8 +53,8 @@ def dark_images(brightest: Mapping[str, int]) -> tuple[str, int, str] | None:
     file = max(dark, key=lambda name: dark[name])
     white = max(2 ** dark[file].bit_length() - 1, 255)
     words = (
-        f"{len(dark)} of {len(seen)} images of 16 bits have hardly a value above {dark[file]}, of "
-        f"{WHITE}"
+        f"{len(dark)} of {len(seen)} images of 16 bits have hardly any value above "
+        f"{dark[file]}, of {WHITE}"
     )
     return file, white, words
 

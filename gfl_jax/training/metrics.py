@@ -102,7 +102,7 @@ class MetricsLog:
         return next((e for e in reversed(self.entries) if e["kind"] == kind), {})
 
     def close(self) -> None:
-        """Writes and closes everything; nothing is written after an error."""
+        """Writes everything and closes, even if writing fails."""
         try:
             self.flush()
         finally:
