@@ -9,6 +9,11 @@ from typing import Any
 COMMANDS = {
     "train": ("gfl_jax.train:main", "train a detector, evaluate it and draw what it detects"),
     "eval": ("gfl_jax.evaluate:main", "evaluate a trained detector on a data set"),
+    "predict": (
+        "gfl_jax.tools.predict:main",
+        "detect on images, folders and videos: pictures and tables",
+    ),
+    "export": ("gfl_jax.tools.export:main", "write a trained detector to copy and share"),
     "prepare": (
         "gfl_jax.data.prepare:main",
         "check a data set in COCO's format and prepare it once, for any machine",

@@ -1,19 +1,25 @@
-"""A work directory as a value: the experiment, the classes and the weights of a trained detector.
+"""A trained detector as a value: its experiment, its classes and its weights.
 
 A run keeps two folders of checkpoints: `checkpoints`, the newest ones, and `best`, the one with the
 highest AP. Loading one needs neither its data set nor its optimiser, and runs no user code.
 """
 
 import dataclasses
+import functools
+import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from gfl_jax.config import Experiment, differences, from_dict, to_dict
-from gfl_jax.errors import InputError
+from gfl_jax.errors import InputError, MissingFileError
+from gfl_jax.interop.detector_file import read_detector
+from gfl_jax.interop.exported import from_hub, is_exported, read_config, read_weights
 from gfl_jax.models.network import Network, Variables
-from gfl_jax.paths import PathLike, as_path
+from gfl_jax.paths import PathLike, as_path, local_path
+from gfl_jax.predict import Predictor
 from gfl_jax.training.checkpoint import Checkpoints
 
 FORMAT = 1
@@ -22,10 +28,10 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A trained detector.
+    """A trained detector. Call it with an image or with several, see `gfl_jax.predict`.
 
     Attributes:
-        folder: of its checkpoints.
+        folder: of its checkpoints, or the file or folder that it is from.
         step: steps trained.
         experiment: what it is and how it was trained.
         category_ids: of the class labels 0, 1, ..., as in the annotations.
@@ -42,42 +48,85 @@ class Run:
     network: Network
     variables: Variables
 
+    @functools.cached_property
+    def predictor(self) -> Predictor:
+        """Detects on images; keeps the weights on the device and its compiled programs."""
+        return Predictor(
+            self.network,
+            self.variables,
+            self.experiment.detector,
+            self.experiment.data,
+            self.category_ids,
+            self.category_names,
+        )
 
-def load(path: PathLike) -> Run:
-    """Loads a trained detector; only its weights are read.
+    def __call__(self, pictures: Any, *, distributions: bool = False, white: int = 0) -> Any:
+        """Detections on an image, or on each of several; see `Predictor.__call__`."""
+        return self.predictor(pictures, distributions=distributions, white=white)
+
+
+def load(path: PathLike, classes: Sequence[str] = ()) -> Run:
+    """Loads a trained detector; of a work directory only the weights are read.
 
     Args:
         path: a work directory, of which the best checkpoint is loaded, or the newest if there is no
-            best; or a folder of checkpoints. Local or `gs://...`.
+            best; a folder of checkpoints; or a folder of `gfl-jax export`; local or `gs://...`. Or
+            a .pth or .safetensors file in mmdetection's names, or `hf://OWNER/NAME`.
+        classes: names of the classes, for a file that does not say them.
 
     Raises:
         MissingFileError: there is no complete checkpoint.
         InputError: this version cannot read it.
     """
-    checkpoints = Checkpoints.find(path)
+    name = os.fspath(path)
+    if name.endswith((".pth", ".pt", ".safetensors")):
+        return _of_file(name, classes)
+    folder = from_hub(name.removeprefix("hf://")) if name.startswith("hf://") else as_path(path)
+    if is_exported(folder):
+        about = read_config(folder)
+        experiment, ids, names, network = _described(about, folder)
+        weights = read_weights(folder, network)
+        return Run(folder, int(about.get("step", 0)), experiment, ids, names, network, weights)
+    checkpoints = Checkpoints.find(folder)
     about = checkpoints.about()
-    experiment = experiment_of(about)
-    ids, names = about.get("category_ids"), about.get("category_names")
-    if not isinstance(ids, list) or not isinstance(names, list) or len(ids) != len(names):
-        raise InputError(
-            f"the classes stored in the checkpoint in {checkpoints.folder} are damaged"
-        )
-    network = Network(experiment.model, experiment.detector.predicts(len(ids)))
+    experiment, ids, names, network = _described(about, checkpoints.folder)
     weights = jax.eval_shape(lambda: network.init(0))
     if "format" in about:
         weights = checkpoints.restore({"weights": weights})["weights"]
     else:
         weights = _weights_of_format_0(checkpoints.read("state"), weights)
     assert checkpoints.step is not None
-    return Run(
-        checkpoints.folder,
-        checkpoints.step,
-        experiment,
-        ids,
-        names,
-        network,
-        weights,
-    )
+    return Run(checkpoints.folder, checkpoints.step, experiment, ids, names, network, weights)
+
+
+def _described(
+    about: dict[str, Any], folder: PathLike
+) -> tuple[Experiment, list[int], list[str], Network]:
+    """Experiment, classes and network of what `describe` wrote."""
+    experiment = experiment_of(about)
+    ids, names = about.get("category_ids"), about.get("category_names")
+    if not isinstance(ids, list) or not isinstance(names, list) or len(ids) != len(names):
+        raise InputError(f"the classes stored in the checkpoint in {folder} are damaged")
+    network = Network(experiment.model, experiment.detector.predicts(len(ids)))
+    return experiment, ids, names, network
+
+
+def _of_file(name: str, classes: Sequence[str]) -> Run:
+    """The detector in a PyTorch file."""
+    file = local_path(name, "the file")
+    if not file.is_file():
+        raise MissingFileError(f"{file}: there is no such file")
+    experiment, count, network, variables, said = read_detector(file)
+    names = list(classes) or (said.names if said else [f"class {i}" for i in range(count)])
+    if not classes and not said:
+        warnings.warn(
+            f"{file} does not name its {count} classes: load(..., classes=[...]) does",
+            stacklevel=3,
+        )
+    if len(names) != count:
+        raise InputError(f"{file} has outputs for {count} classes, but {len(names)} are named")
+    ids = said.ids if said else list(range(1, count + 1))
+    return Run(file, 0, experiment, ids, names, network, variables)
 
 
 def describe(

@@ -11,6 +11,7 @@ from etils import epath
 from gfl_jax.data import images
 from gfl_jax.data.records import PreparedSplit
 from gfl_jax.errors import MissingExtraError, needs
+from gfl_jax.results import Result
 from gfl_jax.training.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -127,6 +128,66 @@ def save_figure(figure: "Figure", file: epath.PathLike, dpi: int = 100) -> None:
     content = io.BytesIO()
     figure.savefig(content, format=epath.Path(file).suffix.lstrip(".") or "png", dpi=dpi)
     epath.Path(file).write_bytes(content.getvalue())
+
+
+def plot_sides(result: Result, score_threshold: float = 0.3, most: int = 6) -> "Figure":
+    """Draws how probable each position of each side is: figure 3 of the paper for one's own image.
+
+    For each of the best detections the image around it, and along its edges the distributions of
+    the sides: left and right above, top and bottom at the right. The bands on the image hold 90% of
+    a side's probability; the numbers are standard deviations.
+
+    Args:
+        result: detections with distributions.
+        score_threshold: least score of the detections that are drawn.
+        most: detections that are drawn.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    shown = result.above(score_threshold)
+    count = min(len(shown), most)
+    columns = max(min(count, 3), 1)
+    rows = max(-(-count // columns), 1)
+    figure = new_figure(5 * columns, 4.6 * rows)
+    if not count:
+        figure.text(0.5, 0.5, f"no detection of at least {score_threshold}", ha="center")
+        return figure
+    spread, (low, high) = shown.spread(), shown.interval(0.9)
+    assert shown.sides is not None
+    panels = figure.subfigures(rows, columns, squeeze=False).flat
+    for i, panel in zip(range(count), panels, strict=False):
+        axes = panel.subplots(2, 2, width_ratios=(4, 1), height_ratios=(1, 4))
+        (above, corner), (image, beside) = axes
+        x1, y1, x2, y2 = shown.boxes[i]
+        margin = 0.35 * max(x2 - x1, y2 - y1, 8)
+        height, width = result.image.shape[:2]
+        image.imshow(result.image, extent=(0, width, height, 0))
+        for color, thickness in (("black", 2.4), ("white", 1.2)):
+            image.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=color, lw=thickness)
+        image.set_xlim(x1 - margin, x2 + margin)
+        image.set_ylim(y2 + margin, y1 - margin)
+        image.set_aspect("auto")
+        for side, name in enumerate(("left", "top", "right", "bottom")):
+            order = np.argsort(shown.sides.positions[i, side])
+            at = shown.sides.positions[i, side][order]
+            probability = shown.sides.probabilities[i, side][order]
+            color = "tab:blue" if side < 2 else "tab:orange"
+            curve = (above, beside)[side % 2]
+            band = (image.axvspan, image.axhspan)[side % 2]
+            points = (at, probability) if side % 2 == 0 else (probability, at)
+            curve.plot(*points, color=color, marker=".", lw=1.2, ms=4)
+            band(low[i, side], high[i, side], color=color, alpha=0.14, lw=0)
+            text = f"{name} ±{spread[i, side]:.1f}"
+            place = ((0, 1.02), (0, 1.02), (0.6, 1.02), (0, -0.07))[side]
+            curve.text(*place, text, color=color, fontsize=8, transform=curve.transAxes)
+        above.set_xlim(image.get_xlim())
+        beside.set_ylim(image.get_ylim())
+        above.tick_params(labelsize=6, labelbottom=False)
+        beside.tick_params(labelsize=6, labelleft=False, labelbottom=False)
+        corner.axis("off")
+        panel.suptitle(f"{shown.names[i]} {shown.scores[i]:.2f}   (sides in pixels)", fontsize=10)
+    return figure
 
 
 def plot_run(workdir: epath.PathLike) -> None:

@@ -39,6 +39,7 @@ import numpy as np
 from gfl_jax.config import Experiment
 from gfl_jax.errors import UserError
 from gfl_jax.interop import convert
+from gfl_jax.interop.detector_file import read_detector, state_dict
 from gfl_jax.interop.initial import read_trained
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
@@ -255,7 +256,7 @@ class Fuzz:
         paths = network.by_path(network.init(0))
         random = {p: rng.normal(size=x.shape).astype("f4") for p, x in paths.items()}
         variables = network.replaced(network.init(0), random)
-        self.arrays = convert.state_dict(network, variables, EXPERIMENT.detector)
+        self.arrays = state_dict(network, variables, EXPERIMENT.detector)
         state = jax.tree.map(np.asarray, TrainState(np.int32(1), variables, (), {}))
         with Checkpoints(folder / "whole/checkpoints") as checkpoints:
             checkpoints.save(1, state.items(), describe(EXPERIMENT, [1, 2], NAMES))
@@ -298,10 +299,10 @@ class Fuzz:
         WRITERS[kind](file, arrays, lambda state: {"meta": meta, around: state}, damage)
         file.write_bytes(after(file.read_bytes()))
         trained = read_trained(str(file))
-        loaded = convert.read_detector(file)
+        loaded = read_detector(file)
         convert._classes(convert.classes_in({}), convert.Classes([1, 2], NAMES), file, "a.json")
         assert not trained.classes or len(trained.classes) < 9
-        found = convert.state_dict(loaded.network, loaded.variables, loaded.experiment.detector)
+        found = state_dict(loaded.network, loaded.variables, loaded.experiment.detector)
         return self._compared(found, unseen=what == 3 or (what == 4 and kind != "zip.pth"))
 
     def _folder(self, rng: np.random.Generator) -> str:
@@ -321,7 +322,7 @@ class Fuzz:
             case _:
                 file.write_bytes(damaged(rng, file.read_bytes()))
         run = load(self.folder / "case")
-        found = convert.state_dict(run.network, run.variables, run.experiment.detector)
+        found = state_dict(run.network, run.variables, run.experiment.detector)
         return self._compared(found, unseen=True)
 
     def _compared(self, found: Arrays, *, unseen: bool) -> str:

@@ -5,7 +5,7 @@ the top-left corner of the top-left pixel. Sizes are (height, width) in pixels.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import cv2
@@ -99,6 +99,31 @@ def resized_size(
     scale = np.minimum(long_side / longer, short_side / shorter)
     new_height, new_width = (height * scale + 0.5), (width * scale + 0.5)
     return np.maximum(new_height.astype(int), 1), np.maximum(new_width.astype(int), 1)
+
+
+def canvases_of(
+    scale: tuple[int, int], landscape: tuple[tuple[int, int], ...] = ()
+) -> tuple[tuple[int, int], ...]:
+    """All canvases that a batch may have.
+
+    Args:
+        scale: limits of the (long, short) sides of images, in pixels.
+        landscape: (height, width) of the landscape canvases; empty: the one that holds `scale`.
+
+    Returns:
+        These and their portrait versions, sorted by area.
+    """
+    long_side, short_side = (-(-side // 32) * 32 for side in scale)
+    landscape = landscape or ((short_side, long_side),)
+    both = {*landscape, *((width, height) for height, width in landscape)}
+    return tuple(sorted(both, key=lambda canvas: (canvas[0] * canvas[1], canvas)))
+
+
+def smallest_canvas(
+    canvases: Sequence[tuple[int, int]], size: tuple[int, int]
+) -> tuple[int, int] | None:
+    """The first of these canvases, sorted by area, that holds an image of a size; None: none."""
+    return next((c for c in canvases if size[0] <= c[0] and size[1] <= c[1]), None)
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[float, float]]:

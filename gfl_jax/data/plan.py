@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gfl_jax.data.images import resized_size
+from gfl_jax.data.images import canvases_of, resized_size, smallest_canvas
 from gfl_jax.data.records import PreparedSplit
 from gfl_jax.data.sources import Data
 from gfl_jax.data.suspicions import nothing_to_train_on
@@ -37,24 +37,6 @@ class Slots(NamedTuple):
     flip: np.ndarray
     short_side: int
     canvas: tuple[int, int]
-
-
-def canvases_of(
-    scale: tuple[int, int], landscape: tuple[tuple[int, int], ...] = ()
-) -> tuple[tuple[int, int], ...]:
-    """All canvases that a batch may have.
-
-    Args:
-        scale: limits of the (long, short) sides of images, in pixels.
-        landscape: (height, width) of the landscape canvases; empty: the one that holds `scale`.
-
-    Returns:
-        These and their portrait versions, sorted by area.
-    """
-    long_side, short_side = (-(-side // 32) * 32 for side in scale)
-    landscape = landscape or ((short_side, long_side),)
-    both = {*landscape, *((width, height) for height, width in landscape)}
-    return tuple(sorted(both, key=lambda canvas: (canvas[0] * canvas[1], canvas)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,9 +115,8 @@ class BatchPlan:
         heights, widths = self.sizes[images].T
         heights, widths = resized_size(heights, widths, self.data.scale[0], short_side)
         needed = (int(heights.max()), int(widths.max()))
-        for canvas in canvases:
-            if needed[0] <= canvas[0] and needed[1] <= canvas[1]:
-                return canvas
+        if canvas := smallest_canvas(canvases, needed):
+            return canvas
         raise InputError(
             f"no canvas of {canvases} holds an image of {needed[0]} x {needed[1]} (height x "
             f"width), made by data.scale {self.data.scale}: extend data.canvases or lower the scale"

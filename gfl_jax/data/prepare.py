@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from tqdm import tqdm
 
@@ -211,6 +210,8 @@ def write_prepared(folder: Path, splits: Mapping[str, RawSplit], on_error: OnErr
 
 def _write_split(folder: Path, split: str, raw: RawSplit, on_error: OnError) -> dict[str, Any]:
     """Writes the files of a split; returns its entry in the manifest."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
     (folder / split).mkdir()
     content, digest = raw.content
     entries, report = check(content, raw.annotations, raw.images, on_error)

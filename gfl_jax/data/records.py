@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
 from gfl_jax.data.manifest import read_entry, read_small
@@ -186,6 +185,8 @@ class Shard(NamedTuple):
 
 def open_images(shards: Sequence[Shard]) -> EncodedImages:
     """The encoded images in some array_record files, local or on gs://."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
     return ArrayRecordDataSource(list(shards))
 
 

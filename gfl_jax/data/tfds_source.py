@@ -1,4 +1,7 @@
-"""A detection data set that tfds has prepared as array_record, such as `coco/2017`."""
+"""A detection data set that tfds has prepared as array_record, such as `coco/2017`.
+
+tfds is imported where it is used: opening a trained detector does not need it.
+"""
 
 import dataclasses
 import functools
@@ -9,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from etils import epath
 from tqdm import tqdm
 
@@ -56,6 +58,8 @@ class TfdsImages:
 
     def __init__(self, directory: Path, split: str):
         """Opens a data set prepared by tfds; its images are left encoded."""
+        import tensorflow_datasets as tfds
+
         builder = tfds.builder_from_directory(directory)
         decoders = {"image": tfds.decode.SkipDecoding()}
         self.info = builder.info
@@ -122,6 +126,8 @@ def open_tfds(
 
 def _directory(name: str, data_dir: Path) -> Path:
     """Returns the folder of a data set's newest, or named, version."""
+    import tensorflow_datasets as tfds
+
     name, _, version = name.partition(":")
     files = (data_dir / name).glob(f"{version or '*.*.*'}/dataset_info.json")
     versions = [tfds.core.Version(file.parent.name) for file in files]

@@ -16,6 +16,7 @@ from gfl_jax.boxes import boxes_to_distances, distances_to_boxes
 from gfl_jax.detectors.custom import BuiltIn, Custom
 from gfl_jax.detectors.dirac import Deltas, Distances, LogDistances
 from gfl_jax.detectors.matching import Frame
+from gfl_jax.detectors.sides import Sides
 from gfl_jax.errors import InputError
 
 
@@ -62,6 +63,12 @@ class Gaussian:
     def spread(self, raw: Float[Array, "*priors 8"]) -> Float[Array, "*priors 4"]:
         """Standard deviation of each side, in strides."""
         return jnp.exp(0.5 * jnp.clip(raw[..., 4:], -self.limit, self.limit))
+
+    def sides(self, raw: Float[Array, "*priors 8"], frame: Frame) -> Sides:
+        """The distribution of each side at 25 positions within three standard deviations."""
+        steps = jnp.linspace(-3.0, 3.0, 25)
+        positions = self.decode(raw, frame)[..., None] + self.spread(raw)[..., None] * steps
+        return Sides(positions, jnp.broadcast_to(jax.nn.softmax(-0.5 * steps**2), positions.shape))
 
     def extra_losses(
         self, raw: Float[Array, "*priors 8"], boxes: Float[Array, "*priors 4"], frame: Frame
@@ -125,6 +132,13 @@ class GeneralDistribution:
         y = self.delta * jnp.arange(self.n + 1, dtype=jnp.float32)
         deviation = y - self.integral(logits)[..., None]
         return jnp.sqrt((jax.nn.softmax(logits, axis=-1) * deviation**2).sum(-1))
+
+    def sides(self, raw: Float[Array, "*priors channels"], frame: Frame) -> Sides:
+        """The distribution of each side over the positions of its bins, in strides."""
+        y = self.delta * jnp.arange(self.n + 1, dtype=jnp.float32)
+        bins = jnp.tile(y[:, None], 4)
+        positions = distances_to_boxes(frame.centers[..., None, :], bins)
+        return Sides(positions.swapaxes(-1, -2), jax.nn.softmax(self.logits(raw), axis=-1))
 
     def bins(self, distances: Float[Array, "*priors 4"]) -> Float[Array, "*priors 4"]:
         """Distances in strides as DFL targets, in bins within [0, n - 0.1]."""

@@ -4,6 +4,7 @@ The representations of FCOS, FoveaBox, ATSS, RetinaNet and SSD. Boxes, points an
 strides of the prior's level.
 """
 
+import abc
 import dataclasses
 import math
 from typing import Literal
@@ -15,9 +16,10 @@ from jaxtyping import Array, Float
 
 from gfl_jax.boxes import boxes_to_distances, distances_to_boxes
 from gfl_jax.detectors.matching import Frame
+from gfl_jax.detectors.sides import Sides, certain
 
 
-class _Dirac:
+class _Dirac(abc.ABC):
     """Four numbers; there is nothing to train besides the box."""
 
     channels = 4
@@ -28,6 +30,14 @@ class _Dirac:
     ) -> dict[str, Float[Array, " *priors"]]:
         """None."""
         return {}
+
+    @abc.abstractmethod
+    def decode(self, raw: Float[Array, "*priors 4"], frame: Frame) -> Float[Array, "*priors 4"]:
+        """Boxes in strides."""
+
+    def sides(self, raw: Float[Array, "*priors 4"], frame: Frame) -> Sides:
+        """Each side of the box, with certainty."""
+        return certain(self.decode(raw, frame))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -136,10 +136,39 @@ def nms(
     labels: Int[Array, " n"],
     inference: Inference,
 ) -> Detections:
+    """The detections of one image: the candidates that `kept_by_nms` keeps."""
+    return pick(kept_by_nms(boxes, scores, labels, inference), boxes, scores, labels)
+
+
+def pick(
+    kept: Int[Array, " detections"],
+    boxes: Float[Array, "n 4"],
+    scores: Float[Array, " n"],
+    labels: Int[Array, " n"],
+) -> Detections:
+    """The candidates with these indices; -1 is padding."""
+    mask = kept >= 0
+    return Detections(
+        boxes=jnp.where(mask[:, None], boxes[kept], 0.0),
+        scores=jnp.where(mask, scores[kept], 0.0),
+        labels=jnp.where(mask, labels[kept], 0),
+        mask=mask,
+    )
+
+
+def kept_by_nms(
+    boxes: Float[Array, "n 4"],
+    scores: Float[Array, " n"],
+    labels: Int[Array, " n"],
+    inference: Inference,
+) -> Int[Array, " detections"]:
     """Greedy class-wise non-maximum suppression of one image.
 
     Takes the best remaining box and drops the boxes of its class that overlap it by more than
     `nms_iou`, `max_per_image` times. Scores of 0 and (`drop_empty`) boxes without area never enter.
+
+    Returns:
+        Indices of the boxes that are kept, by descending score; -1 where there are no more.
     """
     enters = scores > 0
     if inference.drop_empty:
@@ -163,11 +192,4 @@ def nms(
         return jnp.where(drop, 0.0, remaining), kept
 
     start = jnp.where(enters, scores, 0.0), jnp.full(inference.max_per_image, -1)
-    _, kept = lax.fori_loop(0, inference.max_per_image, take_best, start)
-    mask = kept >= 0
-    return Detections(
-        boxes=jnp.where(mask[:, None], boxes[kept], 0.0),
-        scores=jnp.where(mask, scores[kept], 0.0),
-        labels=jnp.where(mask, labels[kept], 0),
-        mask=mask,
-    )
+    return lax.fori_loop(0, inference.max_per_image, take_best, start)[1]

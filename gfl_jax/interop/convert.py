@@ -12,9 +12,8 @@ also holds the experiment, so that detectors without a counterpart in mmdetectio
 
 import json
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -23,97 +22,27 @@ from etils import epath
 
 from gfl_jax.cli import load_experiment
 from gfl_jax.config import Experiment, to_dict
-from gfl_jax.detectors.box import GeneralDistribution
-from gfl_jax.detectors.dense import Detector
 from gfl_jax.errors import InputError, naming, needs
 from gfl_jax.interop.classes import Classes, classes_in, classes_of, in_order, some
+from gfl_jax.interop.detector_file import detector_from, state_dict
 from gfl_jax.interop.mmdet_text import (
     PIXELS,
     as_said,
-    checked,
     config_in,
-    experiment_in,
     fields_said,
 )
-from gfl_jax.interop.names import in_short, load_state_dict, to_torch, torch_name
+from gfl_jax.interop.names import in_short
 from gfl_jax.interop.parts import backbone_part, detector_part
 from gfl_jax.interop.pretrained import load_pretrained
 from gfl_jax.interop.recognize import (
     around_backbone,
-    count_classes,
-    infer_experiment,
-    modern_names,
 )
 from gfl_jax.interop.torch_files import TorchFile, read_torch_file
-from gfl_jax.models.network import Network, Variables
+from gfl_jax.models.network import Network
 from gfl_jax.paths import PathLike, as_path, local_path
 from gfl_jax.run import describe, load
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.step import init_state, sgd
-
-
-def state_dict(network: Network, variables: Variables, detector: Detector) -> dict[str, np.ndarray]:
-    """All arrays as in mmdetection's state dict, with buffers, in torch's layout."""
-    arrays: dict[str, np.ndarray] = {}
-    for path, array in network.by_path(variables).items():
-        name = torch_name(path)
-        arrays[name] = to_torch(path, array)
-        if name.endswith("running_var"):
-            arrays[name.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
-    if isinstance(detector.box, GeneralDistribution):
-        bins = np.arange(detector.box.n + 1, dtype=np.float32)
-        arrays["bbox_head.integral.project"] = bins * np.float32(detector.box.delta)
-    return arrays
-
-
-class Loaded(NamedTuple):
-    """A detector from a PyTorch file."""
-
-    experiment: Experiment
-    num_classes: int
-    network: Network
-    variables: Variables
-
-
-def read_detector(source: Path, config: str = "") -> Loaded:
-    """A detector from a PyTorch file.
-
-    Args:
-        source: .pth or .safetensors file.
-        config: file of the experiment; otherwise the one that this project wrote into the file, or
-            the one inferred from the arrays and mmdetection's config in the file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, holds code, or its arrays are not exactly those of the model;
-            every missing, unexpected or misshapen one is named.
-    """
-    content = read_torch_file(source)
-    with naming(source):
-        part = detector_part(content.arrays)
-        if part is None:
-            raise InputError(f"no detector; the names are {in_short(content.arrays)}")
-        return _detector(part.arrays, content.meta, source, config)
-
-
-def _detector(
-    arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], source: Path, config: str
-) -> Loaded:
-    arrays = modern_names(arrays)
-    if config:
-        experiment = load_experiment(config)
-    else:
-        experiment = experiment_in(meta) or infer_experiment(arrays)
-    if experiment_in(meta) is None:
-        experiment = checked(experiment, meta, source, named=bool(config))
-    num_classes = count_classes(arrays, experiment)
-    network = Network(experiment.model, experiment.detector.predicts(num_classes))
-    abstract = jax.eval_shape(lambda: network.init(0))
-    loaded, mismatch = load_state_dict(
-        network.by_path(abstract), arrays, ignore=(r"bbox_head\.integral\.project",)
-    )
-    mismatch.raise_if_any(source)
-    return Loaded(experiment, num_classes, network, network.replaced(abstract, loaded))
 
 
 class Converted(NamedTuple):
@@ -175,8 +104,9 @@ def _import(
     if part:
         named = classes_in(content.meta)
         classes = _classes(named, classes, source, annotations)
-        experiment, num_classes, network, variables = _detector(
-            part.arrays, content.meta, source, config
+        chosen = load_experiment(config) if config else None
+        experiment, num_classes, network, variables, _ = detector_from(
+            part.arrays, content.meta, source, chosen
         )
         if num_classes != len(classes.names):
             raise InputError(

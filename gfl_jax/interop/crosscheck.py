@@ -19,13 +19,14 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from gfl_jax.cli import load_experiment
 from gfl_jax.config import Experiment, to_dict
 from gfl_jax.data import images as pixels
 from gfl_jax.data.batch import Sample, pad
 from gfl_jax.detectors.inference import Inference
 from gfl_jax.errors import InputError, SetupError, UsageError
 from gfl_jax.interop import mmdet_config, mmdet_stages
-from gfl_jax.interop.convert import read_detector, state_dict
+from gfl_jax.interop.detector_file import read_detector, state_dict
 from gfl_jax.interop.stages import Stages, stages
 from gfl_jax.models.network import Network
 from gfl_jax.paths import local_path
@@ -244,8 +245,8 @@ def main(
     """
     if not files:
         raise UsageError("name at least one image")
-    experiment, num_classes, _, variables = read_detector(
-        local_path(checkpoint, "--checkpoint"), config
+    experiment, num_classes, _, variables, _ = read_detector(
+        local_path(checkpoint, "--checkpoint"), load_experiment(config) if config else None
     )
     data, model = experiment.data, dataclasses.replace(experiment.model, dtype="float32")
     detector = dataclasses.replace(

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gfl_jax.cli import load_experiment
-from gfl_jax.data.plan import BatchPlan, canvases_of, eval_plan, train_plan
+from gfl_jax.data.images import canvases_of
+from gfl_jax.data.plan import BatchPlan, eval_plan, train_plan
 from gfl_jax.data.sources import Data
 
 side = st.integers(32, 700)

@@ -19,6 +19,7 @@ from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.quality import JointQuality, QualityBranch
 from gfl_jax.interop import convert, recognize
 from gfl_jax.interop.classes import class_outputs
+from gfl_jax.interop.detector_file import read_detector, state_dict
 from gfl_jax.interop.names import torch_name
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
@@ -77,7 +78,7 @@ def random_state_dict(experiment, seed=0):
             for path, array in network.by_path(abstract).items()
         },
     )
-    return convert.state_dict(network, variables, experiment.detector)
+    return state_dict(network, variables, experiment.detector)
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_a_detector_becomes_a_checkpoint_of_step_0(tmp_path, annotations, given)
     assert int(state.step) == 0
     assert experiment == given
     assert about == describe(experiment, [7, 8, 9], NAMES)
-    found = convert.state_dict(network, state.variables, experiment.detector)
+    found = state_dict(network, state.variables, experiment.detector)
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array, strict=True)
@@ -246,9 +247,9 @@ def test_files_of_old_versions_are_read(tmp_path, name, renamed):
         old[new_name] = array
     assert old.keys() != arrays.keys()
     save_file(old, tmp_path / "x.safetensors")
-    experiment, classes, network, variables = convert.read_detector(tmp_path / "x.safetensors")
+    experiment, classes, network, variables, _ = read_detector(tmp_path / "x.safetensors")
     assert (experiment, classes) == (small_system(name), len(NAMES))
-    found = convert.state_dict(network, variables, experiment.detector)
+    found = state_dict(network, variables, experiment.detector)
     assert found.keys() == arrays.keys()
     for key, array in arrays.items():
         np.testing.assert_array_equal(found[key], array, strict=True)
@@ -274,7 +275,7 @@ def test_a_backbone_gets_a_random_neck_and_head(tmp_path, annotations):
     )
     network, state, experiment, _ = restored(tmp_path / "run")
     assert experiment.model == small(width=64).model
-    found = convert.state_dict(network, state.variables, experiment.detector)
+    found = state_dict(network, state.variables, experiment.detector)
     for name, array in arrays.items():
         if not name.startswith("fc."):
             np.testing.assert_array_equal(found[f"backbone.{name}"], array)
@@ -292,7 +293,7 @@ def test_a_vgg_becomes_an_ssd(tmp_path, annotations):
     convert.main(tmp_path / "vgg.safetensors", tmp_path / "run", annotations=annotations)
     network, state, experiment, _ = restored(tmp_path / "run")
     assert experiment == small_system("ssd512")
-    found = convert.state_dict(network, state.variables, experiment.detector)
+    found = state_dict(network, state.variables, experiment.detector)
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[f"backbone.{name}"], array)
 
@@ -327,7 +328,7 @@ def test_labels_are_mapped_by_name_to_those_of_the_annotations(tmp_path, annotat
     convert.main(file, tmp_path / "run", annotations=annotations)
     network, state, experiment, about = restored(tmp_path / "run")
     assert (about["category_ids"], about["category_names"]) == ([7, 8, 9], NAMES)
-    found = convert.state_dict(network, state.variables, experiment.detector)
+    found = state_dict(network, state.variables, experiment.detector)
     outputs = class_outputs(experiment)
     for array, expected in arrays.items():
         order = [1, 2, 0, 3]

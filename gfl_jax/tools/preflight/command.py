@@ -20,7 +20,7 @@ import tyro
 
 from gfl_jax.cli import load_experiment, parse_command, positional
 from gfl_jax.config import Experiment
-from gfl_jax.data.plan import canvases_of
+from gfl_jax.data.images import canvases_of
 from gfl_jax.data.sources import Data
 from gfl_jax.errors import InputError
 from gfl_jax.paths import as_path

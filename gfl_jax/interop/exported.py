@@ -1,0 +1,108 @@
+"""A trained detector as a folder that can be copied and shared: `config.json` and the weights.
+
+The weights are a .safetensors file with mmdetection's names and layouts.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import safetensors.numpy
+from etils import epath
+
+from gfl_jax.detectors.dense import Detector
+from gfl_jax.errors import InputError, MissingFileError, needs
+from gfl_jax.interop.detector_file import state_dict
+from gfl_jax.interop.names import load_state_dict
+from gfl_jax.models.network import Network, Variables
+from gfl_jax.paths import as_path, write, writing
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def write_exported(
+    folder: epath.Path,
+    about: Mapping[str, Any],
+    network: Network,
+    variables: Variables,
+    detector: Detector,
+) -> None:
+    """Writes a folder.
+
+    Args:
+        folder: to write into, local or gs://; made if needed.
+        about: what `config.json` says, as JSON.
+        network: the network.
+        variables: its weights.
+        detector: what its outputs mean.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    weights = state_dict(network, variables, detector)
+    write(folder / WEIGHTS, safetensors.numpy.save(weights, {"format": "pt"}))
+    write(folder / CONFIG, json.dumps(about, indent=1, ensure_ascii=False))
+
+
+def is_exported(folder: epath.Path) -> bool:
+    """Whether this is such a folder."""
+    return (folder / CONFIG).exists()
+
+
+def read_config(folder: epath.Path) -> dict[str, Any]:
+    """What `config.json` says.
+
+    Raises:
+        InputError: it is not a detector of this project.
+    """
+    try:
+        about = json.loads((folder / CONFIG).read_text())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{folder / CONFIG} is not JSON: {error}") from error
+    if not isinstance(about, dict) or "experiment" not in about:
+        raise InputError(
+            f"{folder / CONFIG} describes no detector of this project: it has no 'experiment'"
+        )
+    return about
+
+
+def read_weights(folder: epath.Path, network: Network) -> Variables:
+    """The weights of a network.
+
+    Raises:
+        MissingFileError: the file is not there.
+        InputError: it cannot be read, or does not hold exactly the arrays of this network.
+    """
+    file = folder / WEIGHTS
+    try:
+        arrays = safetensors.numpy.load(file.read_bytes())
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{file}: there is no such file beside {CONFIG}") from error
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"{file} is damaged: {error}") from error
+    like = jax.eval_shape(lambda: network.init(0))
+    loaded, mismatch = load_state_dict(
+        network.by_path(like), arrays, ignore=(r"bbox_head\.integral\.project",)
+    )
+    mismatch.raise_if_any(file)
+    return network.replaced(like, loaded)
+
+
+def from_hub(name: str) -> epath.Path:
+    """The folder of `owner/name`, or `owner/name@revision`, of the Hugging Face hub, downloaded.
+
+    Raises:
+        MissingExtraError: huggingface-hub is not installed.
+        MissingFileError: there is no such model, or no connection.
+    """
+    with needs("hub"):
+        import huggingface_hub
+    repo, _, revision = name.partition("@")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS]
+        )
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MissingFileError(f"hf://{name} cannot be had from the hub: {reason}") from error
+    return as_path(folder)

@@ -1,0 +1,265 @@
+"""Detections on images, folders of images and videos, drawn and as tables.
+
+gfl-jax predict --weights RUN PHOTOS street.jpg clip.mp4 -o OUT
+"""
+
+import collections
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from gfl_jax.errors import InputError, MissingFileError, UsageError
+from gfl_jax.paths import PathLike, is_remote, local_path, write, writing
+from gfl_jax.results import Result, Unreadable
+from gfl_jax.run import Run, load
+from gfl_jax.tools.video import VIDEOS, annotate_video
+from gfl_jax.visualize import plot_sides, save_figure
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+"""Endings of the files that are taken from a folder."""
+
+COLUMNS = ("file", "time", "label", "name", "score", "x1", "y1", "x2", "y2")
+SPREADS = ("spread_left", "spread_top", "spread_right", "spread_bottom")
+
+
+class Source(NamedTuple):
+    """A file to predict on.
+
+    Attributes:
+        file: its path.
+        name: what it is called in the output, relative to the folder that was named.
+    """
+
+    file: PathLike
+    name: str
+
+
+def sources_of(named: Iterable[str]) -> list[Source]:
+    """The images and videos in folders, with their subfolders, and the files that are named.
+
+    Raises:
+        MissingFileError: there is no such file.
+        InputError: a folder has none.
+    """
+    sources: list[Source] = []
+    for name in named:
+        if is_remote(name):
+            sources.append(Source(name, name.rpartition("/")[2]))
+            continue
+        path = local_path(name, "the image")
+        if path.is_dir():
+            files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGES + VIDEOS)
+            if not files:
+                raise InputError(f"{path} has no images or videos: {', '.join(IMAGES + VIDEOS)}")
+            sources += [Source(f, str(f.relative_to(path))) for f in files]
+        elif path.exists():
+            sources.append(Source(path, path.name))
+        else:
+            raise MissingFileError(f"{name}: there is no such file or folder")
+    return _distinct(sources)
+
+
+def _distinct(sources: list[Source]) -> list[Source]:
+    """Numbers names that several files have."""
+    seen: collections.Counter[str] = collections.Counter()
+    distinct = []
+    for file, name in sources:
+        seen[name] += 1
+        path = Path(name)
+        if seen[name] > 1:
+            name = str(path.with_name(f"{path.stem}-{seen[name]}{path.suffix}"))
+        distinct.append(Source(file, name))
+    return distinct
+
+
+class Tables:
+    """What was detected, as COCO results and as rows of a table."""
+
+    def __init__(self, run: Run, score_threshold: float):
+        """Nothing yet.
+
+        Args:
+            run: the detector.
+            score_threshold: least score of a row.
+        """
+        ids = zip(run.category_ids, run.category_names, strict=True)
+        self.images: list[dict[str, Any]] = []
+        self.categories = [{"id": i, "name": name} for i, name in ids]
+        self.results: list[dict[str, Any]] = []
+        self._rows: list[list[Any]] = []
+        self._threshold = score_threshold
+
+    def add(self, name: str, result: Result, seconds: float | None = None) -> None:
+        """Adds the detections on an image, or on a frame of a video.
+
+        Args:
+            name: of the file.
+            result: its detections.
+            seconds: since the beginning of the video.
+        """
+        height, width = result.image.shape[:2]
+        image = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
+        self.images.append(image | ({} if seconds is None else {"seconds": seconds}))
+        self.results += result.to_coco(image["id"])
+        shown = result.above(self._threshold)
+        spread = shown.spread() if shown.sides else np.zeros((len(shown), 0))
+        for i in range(len(shown)):
+            numbers = [*shown.boxes[i].tolist(), *spread[i].tolist()]
+            time = "" if seconds is None else f"{seconds:.3f}"
+            row = [name, time, int(shown.labels[i]), shown.names[i], f"{shown.scores[i]:.4f}"]
+            self._rows.append([*row, *(f"{number:.2f}" for number in numbers)])
+
+    def write(self, out: Path, distributions: bool) -> None:
+        """Writes `results.json`, `images.json` and `detections.csv`."""
+        described = {"images": self.images, "categories": self.categories}
+        write(out / "results.json", json.dumps(self.results))
+        write(out / "images.json", json.dumps(described, ensure_ascii=False, indent=1))
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow([*COLUMNS, *(SPREADS if distributions else ())])
+        writer.writerows(self._rows)
+        # With a byte order mark, without which spreadsheets misread names.
+        write(out / "detections.csv", ("\ufeff" + text.getvalue()).encode("utf-8", "replace"))
+
+
+def predict_images(
+    run: Run,
+    sources: list[Source],
+    out: Path,
+    tables: Tables,
+    *,
+    score_threshold: float,
+    distributions: bool,
+    white: int,
+) -> Iterator[Unreadable]:
+    """Predicts on images and draws them; yields those that cannot be read."""
+    names: collections.deque[str] = collections.deque(source.name for source in sources)
+    stream = run.predictor.stream((source.file for source in sources), distributions, white)
+    writing_now: collections.deque[Future] = collections.deque()
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for result in tqdm(stream, total=len(sources), desc="predicting", unit=" images"):
+            name = names.popleft()
+            if isinstance(result, Unreadable):
+                yield result
+                continue
+            tables.add(name, result)
+            writing_now.append(pool.submit(_draw, result, out, name, score_threshold))
+            if len(writing_now) > 8:
+                writing_now.popleft().result()
+            if distributions and len(result.above(score_threshold)):  # matplotlib has one thread
+                with writing(out):
+                    file = out / "distributions" / Path(name).with_suffix(".png")
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    save_figure(plot_sides(result, score_threshold), file)
+        while writing_now:
+            writing_now.popleft().result()
+
+
+def _draw(result: Result, out: Path, name: str, score_threshold: float) -> None:
+    file = out / "pictures" / _ending(name, (".jpg", ".jpeg", ".png", ".webp", ".bmp"), ".jpg")
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        result.plot(score_threshold).save(file, quality=92)
+
+
+def _ending(name: str, those: tuple[str, ...], otherwise: str) -> str:
+    """A file's name with one of those endings, which other programs can show."""
+    return name if name.lower().endswith(those) else name + otherwise
+
+
+def main(
+    sources: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE|FOLDER|VIDEO")
+    ],
+    weights: str,
+    out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "predictions",
+    score_threshold: float = 0.3,
+    distributions: bool = False,
+    batch_size: int = 0,
+    white: int = 0,
+    classes: tuple[str, ...] = (),
+) -> int:
+    """Detects objects on images and videos, draws them and writes tables.
+
+    Args:
+        sources: images, also in a bucket; folders of images and videos, with their subfolders; and
+            videos.
+        weights: a work directory, a folder of checkpoints or of `gfl-jax export`, a .pth or
+            .safetensors file in mmdetection's names, or hf://OWNER/NAME.
+        out: folder for pictures, `results.json` (COCO results, all scores; `images.json` says which
+            image is which) and `detections.csv`.
+        score_threshold: least score of what is drawn and in the csv.
+        distributions: also draw, for each side, how probable each position is, and put the standard
+            deviations into the csv; for images.
+        batch_size: images computed together; 0: one on a CPU, eight elsewhere.
+        white: value of images of 16 bits that is white, such as 4095; 0: as in training.
+        classes: names of the classes, for a file that does not say them.
+
+    Returns:
+        0, or 1 if some image could not be read.
+
+    Raises:
+        UsageError: nothing was named.
+        MissingFileError: there is no such file.
+        InputError: a folder has no images, or the weights cannot be used.
+    """
+    if not sources:
+        raise UsageError("name at least one image, folder or video")
+    folder = local_path(out, "--out")
+    found = sources_of(sources)
+    videos = [source for source in found if str(source.file).lower().endswith(VIDEOS)]
+    pictures = [source for source in found if source not in videos]
+    run = load(weights, classes)
+    run.predictor.batch_size = batch_size or run.predictor.batch_size
+    tables, unreadable = Tables(run, score_threshold), []
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for error in predict_images(
+            run,
+            pictures,
+            folder,
+            tables,
+            score_threshold=score_threshold,
+            distributions=distributions,
+            white=white,
+        ):
+            unreadable.append(error)
+        for video in videos:
+            file = folder / "pictures" / _ending(video.name, (".mp4",), ".mp4")
+            try:
+                for seconds, result in annotate_video(run, video.file, file, score_threshold):
+                    tables.add(video.name, result, seconds)
+            except InputError as error:
+                unreadable.append(Unreadable(str(video.file), error))
+    finally:  # also of what Ctrl-C cut short
+        tables.write(folder, distributions)
+    kept = sum(result["score"] >= score_threshold for result in tables.results)
+    programs = run.predictor.programs
+    sizes = ", ".join(f"{n} x {h} x {w}" for n, h, w, _ in sorted(programs)) or "none"
+    print(
+        f"{len(tables.images)} images, {kept} detections of at least {score_threshold}\n"
+        f"  programs compiled: {len(programs)} (images x height x width: {sizes})\n"
+        f"  pictures {folder / 'pictures'}, table {folder / 'detections.csv'}, COCO results "
+        f"{folder / 'results.json'}"
+    )
+    for source, reason in unreadable[:20]:
+        text = str(reason) if source in str(reason) else f"{source}: {reason}"
+        print(f"not read: {text}", file=sys.stderr)
+    if unreadable:
+        print(f"{len(unreadable)} of {len(found)} files could not be read", file=sys.stderr)
+    return int(bool(unreadable))
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: gfl-jax predict, or python -m gfl_jax predict")
