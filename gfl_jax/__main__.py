@@ -14,6 +14,10 @@ COMMANDS = {
         "detect on images, folders and videos: pictures and tables",
     ),
     "export": ("gfl_jax.tools.export:main", "write a trained detector to copy and share"),
+    "calibrate": (
+        "gfl_jax.tools.calibrate:main",
+        "do intervals of box sides hold what they promise? correct them",
+    ),
     "prepare": (
         "gfl_jax.data.prepare:main",
         "check a data set in COCO's format and prepare it once, for any machine",

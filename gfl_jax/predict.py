@@ -21,7 +21,7 @@ from gfl_jax.data.sources import Data
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.inference import Detections, kept_by_nms, pick
 from gfl_jax.detectors.matching import frame_of
-from gfl_jax.detectors.sides import Sides
+from gfl_jax.detectors.sides import Sides, sharpened
 from gfl_jax.errors import InputError, MissingFileError
 from gfl_jax.models.network import Network, Variables
 from gfl_jax.paths import as_path
@@ -57,6 +57,7 @@ class Predictor:
         data: Data,
         category_ids: Sequence[int],
         category_names: Sequence[str],
+        temperature: float = 1.0,
         batch_size: int = 0,
     ):
         """Compiles nothing yet.
@@ -68,11 +69,13 @@ class Predictor:
             data: the scale of images.
             category_ids: of the class labels.
             category_names: of the class labels.
+            temperature: that the logits of distributions are divided by.
             batch_size: images computed together; 0: one on a CPU, eight elsewhere.
         """
         self.batch_size = batch_size or (1 if jax.default_backend() == "cpu" else 8)
         self.programs: set[tuple[int, int, int, bool]] = set()
         self._data = data.for_evaluation()
+        self._temperature = temperature
         self._white = getattr(data.source, "white", 0)
         self._canvases = images.canvases_of(data.scale)
         self._ids, self._names = list(category_ids), list(category_names)
@@ -189,7 +192,8 @@ class Predictor:
                     labels,
                     [self._names[label] for label in labels],
                     [self._ids[label] for label in labels],
-                    found and Sides(*(array[slot, :n] for array in found)),
+                    found
+                    and sharpened(Sides(*(array[slot, :n] for array in found)), self._temperature),
                 )
         for place, loaded in enumerate(chunk):
             yield loaded if isinstance(loaded, Unreadable) else results[place]

@@ -6,15 +6,18 @@ highest AP. Loading one needs neither its data set nor its optimiser, and runs n
 
 import dataclasses
 import functools
+import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
 from gfl_jax.config import Experiment, differences, from_dict, to_dict
 from gfl_jax.errors import InputError, MissingFileError
+from gfl_jax.formats import FORMAT, MIGRATIONS, weights_of_format_0
 from gfl_jax.interop.detector_file import read_detector
 from gfl_jax.interop.exported import from_hub, is_exported, read_config, read_weights
 from gfl_jax.models.network import Network, Variables
@@ -22,8 +25,8 @@ from gfl_jax.paths import PathLike, as_path, local_path
 from gfl_jax.predict import Predictor
 from gfl_jax.training.checkpoint import Checkpoints
 
-FORMAT = 1
-"""The format written now; `_MIGRATIONS` brings older ones up to date."""
+CALIBRATION = "calibration.json"
+"""In a work directory: the temperature that `gfl-jax calibrate` found."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Run:
         category_names: of the class labels.
         network: the model with outputs for these classes.
         variables: the weights, on the host; their moving average if training kept one.
+        temperature: that the distributions of sides are corrected by, see `gfl-jax calibrate`.
     """
 
     folder: PathLike
@@ -47,6 +51,7 @@ class Run:
     category_names: list[str]
     network: Network
     variables: Variables
+    temperature: float = 1.0
 
     @functools.cached_property
     def predictor(self) -> Predictor:
@@ -58,6 +63,7 @@ class Run:
             self.experiment.data,
             self.category_ids,
             self.category_names,
+            self.temperature,
         )
 
     def __call__(self, pictures: Any, *, distributions: bool = False, white: int = 0) -> Any:
@@ -86,7 +92,8 @@ def load(path: PathLike, classes: Sequence[str] = ()) -> Run:
         about = read_config(folder)
         experiment, ids, names, network = _described(about, folder)
         weights = read_weights(folder, network)
-        return Run(folder, int(about.get("step", 0)), experiment, ids, names, network, weights)
+        step, temperature = int(about.get("step", 0)), float(about.get("temperature", 1.0))
+        return Run(folder, step, experiment, ids, names, network, weights, temperature)
     checkpoints = Checkpoints.find(folder)
     about = checkpoints.about()
     experiment, ids, names, network = _described(about, checkpoints.folder)
@@ -94,9 +101,29 @@ def load(path: PathLike, classes: Sequence[str] = ()) -> Run:
     if "format" in about:
         weights = checkpoints.restore({"weights": weights})["weights"]
     else:
-        weights = _weights_of_format_0(checkpoints.read("state"), weights)
+        weights = weights_of_format_0(checkpoints.read("state"), weights)
     assert checkpoints.step is not None
-    return Run(checkpoints.folder, checkpoints.step, experiment, ids, names, network, weights)
+    step, temperature = checkpoints.step, _temperature(folder / CALIBRATION, checkpoints.step)
+    return Run(checkpoints.folder, step, experiment, ids, names, network, weights, temperature)
+
+
+def _temperature(file: epath.Path, step: int) -> float:
+    """What `gfl-jax calibrate` wrote, if it was for these weights."""
+    if not file.exists():
+        return 1.0
+    try:
+        stored = json.loads(file.read_text())
+        temperature, of_step = float(stored["temperature"]), int(stored["step"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{file} is damaged, delete it: {error!r}") from error
+    if of_step != step:
+        warnings.warn(
+            f"{file} is for step {of_step}, the weights are of step {step}: it is not used. Run "
+            "gfl-jax calibrate again",
+            stacklevel=4,
+        )
+        return 1.0
+    return temperature
 
 
 def _described(
@@ -155,7 +182,7 @@ def experiment_of(about: dict[str, Any]) -> Experiment:
         )
     try:
         experiment = about["experiment"]
-        for migrate in _MIGRATIONS[stored:]:
+        for migrate in MIGRATIONS[stored:]:
             experiment = migrate(experiment)
         return from_dict(Experiment, experiment)
     except (TypeError, KeyError, AttributeError) as error:
@@ -184,52 +211,3 @@ def changes_since(workdir: PathLike, experiment: Experiment) -> list[str]:
             "weights fit only the priors they were trained with"
         )
     return differences(to_dict(stored), to_dict(experiment))
-
-
-def _format_1(experiment: dict[str, Any]) -> dict[str, Any]:
-    """Custom losses were called Own...; a data source was a name, beside the fields of all."""
-    names = {"OwnBoxLoss": "CustomBoxLoss", "OwnClassification": "CustomClassification"}
-
-    def renamed(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        value = {field: renamed(item) for field, item in value.items()}
-        return value | {"kind": names.get(value["kind"], value["kind"])}
-
-    return renamed(experiment | {"data": _source_as_value(experiment["data"])})
-
-
-def _source_as_value(data: dict[str, Any]) -> dict[str, Any]:
-    name, data = data["source"], dict(data)
-    names = [f"{split}_{of}" for split in ("train", "val") for of in ("annotations", "images")]
-    names += ["root", "cache_dir", "on_error", "shapes"]
-    fields = {field: data.pop(field) for field in names}
-    shapes, of_coco = fields.pop("shapes"), {"kind": "CocoFolder", **fields}
-    common = {field: fields[field] for field in ("root", "cache_dir")}
-    of_tfds = {"kind": "Tfds", "name": name, "val_annotations": fields["val_annotations"]} | common
-    data["source"] = {"shapes": shapes | common, "coco": of_coco}.get(name, of_tfds)
-    return data
-
-
-_MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_format_1,)
-"""Migrate the JSON of an experiment from format 0 to 1, from 1 to 2, ..."""
-
-
-def _weights_of_format_0(state: dict[str, Any], like: Variables) -> Variables:
-    """The weights of a checkpoint whose only item was the whole training state.
-
-    Args:
-        state: `variables` (dictionaries of arrays by name), `ema`, and what training needs.
-        like: shapes and dtypes; which variables are frozen has changed since.
-
-    Raises:
-        InputError: they belong to another model.
-    """
-    variables = state["variables"]
-    arrays = {**variables["frozen"], **variables["stats"], **(state["ema"] or variables["params"])}
-
-    for name, expected in {**like.params, **like.frozen, **like.stats}.items():
-        if name not in arrays or arrays[name].shape != expected.shape:
-            raise InputError(f"the checkpoint has no {name} of shape {list(expected.shape)}")
-    params, frozen, stats = ({name: arrays[name] for name in part} for part in like)
-    return Variables(params, frozen, stats)

@@ -4,7 +4,7 @@ Section 3.2 of the paper: a Dirac delta has one position, a Gaussian is a bell a
 a General distribution has n + 1 bins with any probabilities.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,8 +37,11 @@ def spread(sides: Sides) -> np.ndarray:
 
 def sharpened(sides: Sides, temperature: float) -> Sides:
     """The same positions with probabilities of logits divided by a temperature: above 1 flatter."""
+    if temperature == 1:
+        return sides
     weights = np.asarray(sides.probabilities, np.float64) ** (1 / temperature)
-    return Sides(sides.positions, weights / weights.sum(-1, keepdims=True))
+    probabilities: Any = weights / weights.sum(-1, keepdims=True)
+    return Sides(sides.positions, probabilities)
 
 
 def interval(sides: Sides, share: float) -> tuple[np.ndarray, np.ndarray]:

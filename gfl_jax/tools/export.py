@@ -44,7 +44,7 @@ def main(
     about = describe(detector.experiment, detector.category_ids, detector.category_names)
     write_exported(
         folder,
-        about | {"step": detector.step},
+        about | {"step": detector.step, "temperature": detector.temperature},
         detector.network,
         detector.variables,
         detector.experiment.detector,
