@@ -4,8 +4,6 @@ The same as `gfl-jax eval`: see gfl_jax/evaluate.py.
 """
 
 if __name__ == "__main__":  # workers that import this file again import nothing else
-    import sys
+    from gfl_jax.__main__ import program
 
-    from gfl_jax.__main__ import main
-
-    main(["eval", *sys.argv[1:]])
+    program("eval")

@@ -4,8 +4,6 @@ The same as `gfl-jax train`: see gfl_jax/train.py.
 """
 
 if __name__ == "__main__":  # workers that import this file again import nothing else
-    import sys
+    from gfl_jax.__main__ import program
 
-    from gfl_jax.__main__ import main
-
-    main(["train", *sys.argv[1:]])
+    program("train")

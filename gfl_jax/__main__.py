@@ -1,9 +1,14 @@
 """The front door: `gfl-jax COMMAND ...` or `python -m gfl_jax COMMAND ...`."""
 
+import contextlib
 import difflib
 import importlib
 import inspect
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 COMMANDS = {
@@ -46,6 +51,8 @@ COMMANDS = {
 A function either takes the command line's `arguments` as they are, or its parameters are its flags.
 """
 
+STOPPED = "\nstopped by Ctrl-C\n"
+
 USAGE = (
     "usage: gfl-jax COMMAND [ARGUMENTS]\n\nGeneralized Focal Loss for dense object detection.\n\n"
     + "".join(f"  {name:<12} {text}\n" for name, (_, text) in COMMANDS.items())
@@ -85,26 +92,62 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         sys.exit(_run(name, rest))
     except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
+        print(STOPPED, end="", file=sys.stderr)
+        raise Interrupted(130) from None
 
 
 def _run(name: str, arguments: list[str]) -> Any:
     """Runs a command; returns its status. What takes seconds to import is imported here."""
-    import tyro
+    with _loading():
+        import tyro
 
-    from gfl_jax.terminal import plain_errors, plain_warnings, second_interrupt_ends, write_anything
+        from gfl_jax import terminal
 
-    write_anything()
-    plain_warnings()
-    second_interrupt_ends()
-    module, _, function_name = COMMANDS[name][0].partition(":")
-    with plain_errors():
-        function = getattr(importlib.import_module(module), function_name)
+        terminal.write_anything()
+        terminal.plain_warnings()
+        module, _, function_name = COMMANDS[name][0].partition(":")
+        with terminal.plain_errors():
+            function = getattr(importlib.import_module(module), function_name)
+        terminal.interrupts_end()
+    with terminal.plain_errors():
         if list(inspect.signature(function).parameters) == ["arguments"]:
             return function(arguments)
         return tyro.cli(function, args=arguments, prog=f"gfl-jax {name}")
 
 
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """Around imports, which Ctrl-C could leave half done: it ends the program at once."""
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or usual is None:
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        os.write(2, STOPPED.encode())
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+class Interrupted(SystemExit):
+    """A command that saves nothing was ended by Ctrl-C."""
+
+
+def program(*arguments: str) -> None:
+    """`main`, as a program: after Ctrl-C it does not wait for threads that still compute."""
+    try:
+        main([*arguments, *sys.argv[1:]])
+    except Interrupted:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(130)
+
+
 if __name__ == "__main__":
-    main()
+    program()

@@ -160,7 +160,24 @@ def evaluate(
             note += f": with detector.inference.max_per_image {max_per_image} AP is {ap:.3f}"
         else:
             note += ": with a larger detector.inference.max_per_image that AP is shown as well"
+    elif (crowded := _most_objects(truth, image_ids))[0] > max_per_image:
+        note = (
+            f"image {crowded[1]} has {crowded[0]} objects, but a detector gives at most "
+            f"{max_per_image} detections: raise detector.inference.max_per_image"
+        )
     return Evaluation(dict(zip(METRICS, map(float, coco_eval.stats), strict=True)), per_class, note)
+
+
+def _most_objects(truth: COCO, image_ids: list[int]) -> tuple[int, int]:
+    """The most objects of all classes in one of these images, and its id."""
+    known = set(image_ids)
+    counts = collections.Counter(
+        entry["image_id"]
+        for entry in truth.dataset["annotations"]
+        if not entry["iscrowd"] and entry["image_id"] in known
+    )
+    image_id, most = max(counts.items(), key=lambda item: item[1], default=(0, 0))
+    return most, image_id
 
 
 def _fullest(truth: COCO, image_ids: list[int]) -> tuple[int, int, int]:

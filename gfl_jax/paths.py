@@ -1,6 +1,7 @@
 """Files and folders, local or in a bucket: everything a run keeps goes through here."""
 
 import contextlib
+import errno
 import glob
 import os
 from collections.abc import Iterator
@@ -59,6 +60,8 @@ def expand_home(path: PathLike, name: str) -> Path:
         InputError: this user has no home folder: HOME is not set.
     """
     try:
+        if os.fspath(path).startswith("~") and os.environ.get("HOME") == "":
+            raise RuntimeError  # an empty HOME would be the root of the file system
         return Path(path).expanduser()
     except RuntimeError as error:
         raise InputError(
@@ -115,8 +118,12 @@ def write(path: PathLike, content: str | bytes) -> None:
             file.write_bytes(data)
             return
         temporary = file.with_name(file.name + ".partial")
-        temporary.write_bytes(data)
-        temporary.replace(file)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager
@@ -130,4 +137,6 @@ def writing(file: PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or f"{type(error).__name__} {error}"
+        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES):
+            reason += ": free some space there, or name another place"
         raise WriteError(f"{os.fspath(file)} could not be written: {reason}") from error

@@ -94,7 +94,18 @@ def load(path: PathLike, classes: Sequence[str] = ()) -> Run:
         weights = read_weights(folder, network)
         step, temperature = int(about.get("step", 0)), float(about.get("temperature", 1.0))
         return Run(folder, step, experiment, ids, names, network, weights, temperature)
-    checkpoints = Checkpoints.find(folder)
+    while True:
+        checkpoints = Checkpoints.find(folder)
+        try:
+            return _of_checkpoints(checkpoints, folder)
+        except InputError:
+            # A run that goes on may have deleted it meanwhile.
+            if Checkpoints.find(folder).step == checkpoints.step:
+                raise
+
+
+def _of_checkpoints(checkpoints: Checkpoints, folder: epath.Path) -> Run:
+    """The newest of a folder of checkpoints, found in `folder`."""
     about = checkpoints.about()
     experiment, ids, names, network = _described(about, checkpoints.folder)
     weights = jax.eval_shape(lambda: network.init(0))

@@ -33,11 +33,13 @@ def plain_errors() -> Iterator[None]:
 
 
 @functools.cache
-def second_interrupt_ends() -> None:
-    """From now on a second Ctrl-C ends the program at once, whatever it is doing.
+def interrupts_end() -> None:
+    """From now on Ctrl-C is never lost, and a second one ends the program at once.
 
-    A thread watches: Python's handlers wait until a compilation or a write has returned. It also
-    says so where the first Ctrl-C has not ended the program soon.
+    Where the first is raised in a callback, of Python's garbage collection for instance, Python
+    drops it: it is raised again. A thread watches for the second: Python's handlers wait until a
+    compilation or a write has returned. It also says so where the first has not ended the program
+    soon.
     """
     if threading.current_thread() is not threading.main_thread():
         return  # called by somebody's program, whose signals are its own affair
@@ -45,8 +47,22 @@ def second_interrupt_ends() -> None:
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
+    again: list[bool] = []
+    hook = sys.unraisablehook
+
+    def unless_interrupt(unraisable: Any) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            hook(unraisable)
+            return
+        again.append(True)
+        timer = threading.Timer(0.05, signal.raise_signal, (signal.SIGINT,))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = unless_interrupt
+
     def wait_for_one() -> None:
-        while os.read(reader, 1) != bytes([signal.SIGINT]):
+        while os.read(reader, 1) != bytes([signal.SIGINT]) or (again and again.pop()):
             pass
 
     def watch() -> None:

@@ -5,6 +5,7 @@ import io
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -479,8 +480,8 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
 
 TWICE = """
 import hashlib, os, signal, threading
-from gfl_jax.terminal import second_interrupt_ends
-second_interrupt_ends()
+from gfl_jax.terminal import interrupts_end
+interrupts_end()
 kill = lambda: os.kill(os.getpid(), signal.SIGINT)
 threading.Timer(1.0, kill).start()
 threading.Timer(4.0, kill).start()
@@ -496,6 +497,72 @@ def test_a_second_interrupt_ends_what_no_handler_could_stop():
         "\nCtrl-C: stops after what is running now; again: ends without saving\n"
         "\nCtrl-C twice: ended without saving\n"
     )
+
+
+DROPPED = """
+import os, signal, sys, time
+import gfl_jax.__main__ as front_door
+from gfl_jax.terminal import interrupts_end
+
+class Interrupted:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass  # where Python's handler raises, and nothing catches
+
+def command(*_):
+    interrupts_end()
+    Interrupted()
+    time.sleep(60)
+    print("ran to its end")
+
+front_door._run = command
+front_door.program("eval")
+"""
+
+
+def test_an_interrupt_that_python_drops_is_raised_again():
+    start = time.monotonic()
+    done = program(start=("-c", DROPPED))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nstopped by Ctrl-C\n")
+    assert time.monotonic() - start < 50
+
+
+BUSY = """
+import threading, time
+import gfl_jax.__main__ as front_door
+
+def command(*_):
+    threading.Thread(target=time.sleep, args=(60,)).start()  # as a compilation
+    raise KeyboardInterrupt
+
+front_door._run = command
+front_door.program("eval")
+"""
+
+
+def test_an_interrupted_program_does_not_wait_for_its_threads():
+    start = time.monotonic()
+    done = program(start=("-c", BUSY))
+    assert (done.returncode, done.stderr) == (130, "\nstopped by Ctrl-C\n")
+    assert time.monotonic() - start < 50
+
+
+LOADING = """
+import os, signal
+import gfl_jax.__main__ as front_door
+with front_door._loading():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        import tyro
+    except BaseException:
+        print("half imported")
+"""
+
+
+def test_an_interrupt_while_modules_are_loaded_is_one_line():
+    done = program(start=("-c", LOADING))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nstopped by Ctrl-C\n")
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")

@@ -312,6 +312,20 @@ def test_more_objects_of_a_class_than_coco_counts_are_reported(tmp_path, objects
     assert ("max_per_image 300 AP is 1.000" in evaluation.note) == (limit == 300)
 
 
+@pytest.mark.parametrize(("limit", "said"), [(100, "at most 100 detections: raise"), (120, "")])
+def test_more_objects_of_all_classes_than_there_are_detections_are_reported(tmp_path, limit, said):
+    corners = [(3.0 * (i % 20), 7.0 * (i // 20)) for i in range(120)]
+    dense = [
+        annotation(i + 1, 12, (3, 7)[i % 2], [*corner, 3.0, 7.0])
+        for i, corner in enumerate(corners)
+    ]
+    truth = ground_truth(opened(tmp_path, dense))
+    evaluation = evaluate(perfect(dense)[:limit], truth, SIZES, limit)
+    assert (evaluation.metrics["AP"] == 1) == (limit == 120)
+    assert said in evaluation.note and bool(said) == bool(evaluation.note)
+    assert not said or evaluation.note.startswith("image 12 has 120 objects")
+
+
 # ---------------------------------------------------------------------------- on_error='skip'
 
 
@@ -468,7 +482,7 @@ def test_evaluations_share_their_workers_and_say_the_same(split, monkeypatch):
     assert first == second
     assert results == again
     assert [r["image_id"] for r in results] == sorted(split.image_ids.tolist())
-    assert first == evaluate(results, ground_truth(split), split.image_ids.tolist())
+    assert first == evaluate(results, ground_truth(split), split.image_ids.tolist(), 1)
 
 
 def test_category_ids_with_gaps_come_back_from_labels(split):

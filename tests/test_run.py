@@ -15,6 +15,7 @@ from gfl_jax.config import Data, Experiment, Train, to_dict
 from gfl_jax.data.sources import CocoFolder, Shapes, Tfds
 from gfl_jax.detectors.box import CustomBoxLoss
 from gfl_jax.detectors.dense import Detector
+from gfl_jax.errors import InputError
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
@@ -89,6 +90,24 @@ def test_only_the_weights_are_read(tmp_path, state):
     like = abstract_state(Network(EXPERIMENT.model, EXPERIMENT.detector.predicts(2)), Train())
     with pytest.raises(ValueError, match=r"does not hold training.*not resumed"):
         Checkpoints(tmp_path / "checkpoints").restore(like.items())
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_not_called_damaged(
+    tmp_path, state, monkeypatch
+):
+    saved(tmp_path / "checkpoints", state)
+    about, reads = Checkpoints.about, []
+
+    def overtaken(self):
+        reads.append(self.step)
+        if len(reads) == 1:  # the run that goes on saves the next one and deletes this
+            (tmp_path / "checkpoints" / "7").rename(tmp_path / "checkpoints" / "8")
+            raise InputError("the checkpoint 7 is damaged")
+        return about(self)
+
+    monkeypatch.setattr(Checkpoints, "about", overtaken)
+    assert gfl_jax.load(tmp_path).step == 8
+    assert reads == [7, 8]
 
 
 def test_opening_runs_no_file_of_the_user(tmp_path, state):

@@ -37,7 +37,7 @@ def nearly_largest(image: np.ndarray) -> int:
 
 
 def dark_images(brightest: Mapping[str, int]) -> tuple[str, int, str] | None:
-    """Whether most images of 16 bits use only a small part of them.
+    """Whether half or more of the images of 16 bits use only a small part of them.
 
     Args:
         brightest: `nearly_largest` of each image, by its file's name. All black ones do not count.
@@ -48,7 +48,7 @@ def dark_images(brightest: Mapping[str, int]) -> tuple[str, int, str] | None:
     """
     seen = {name: value for name, value in brightest.items() if value}
     dark = {name: value for name, value in seen.items() if value < (WHITE + 1) // 4}
-    if 2 * len(dark) <= len(seen):
+    if not dark or 2 * len(dark) < len(seen):
         return None
     file = max(dark, key=lambda name: dark[name])
     white = max(2 ** dark[file].bit_length() - 1, 255)

@@ -10,6 +10,7 @@ and layouts of mmdetection 3.x (needs torch). What was imported is exported bit 
 also holds the experiment, so that detectors without a counterpart in mmdetection can be read back.
 """
 
+import io
 import json
 import warnings
 from pathlib import Path
@@ -39,7 +40,7 @@ from gfl_jax.interop.recognize import (
 )
 from gfl_jax.interop.torch_files import TorchFile, read_torch_file
 from gfl_jax.models.network import Network
-from gfl_jax.paths import PathLike, as_path, local_path
+from gfl_jax.paths import PathLike, as_path, local_path, write, writing
 from gfl_jax.run import describe, load
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.step import init_state, sgd
@@ -83,7 +84,8 @@ def import_checkpoint(
         ValueError: it cannot be read, holds code, its arrays are not exactly those of the model, or
             its classes or config contradict what is given.
     """
-    if (folder / "checkpoints").exists():
+    kept = folder / "checkpoints"
+    if kept.exists() and any(child.name.isdigit() for child in kept.iterdir()):
         raise InputError(f"{folder} already holds checkpoints; choose a new folder")
     content = read_torch_file(source)
     with naming(source):
@@ -111,7 +113,7 @@ def _import(
         if num_classes != len(classes.names):
             raise InputError(
                 f"{source} has outputs for {num_classes} classes, but "
-                f"{'itself' if named else annotations} names {len(classes.names)}: "
+                f"{'it' if named else annotations} names {len(classes.names)}: "
                 f"{some(classes.names)}"
             )
         if named:
@@ -191,10 +193,11 @@ def export_checkpoint(source: PathLike, file: Path) -> int:
         "gfl_jax": json.dumps(to_dict(run.experiment)),
     }
     content = {"meta": meta, "state_dict": {k: torch.from_numpy(v) for k, v in arrays.items()}}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".partial")
-    torch.save(content, temporary)
-    temporary.replace(file)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    saved = io.BytesIO()
+    torch.save(content, saved)
+    write(file, saved.getvalue())
     return len(arrays)
 
 

@@ -1,6 +1,7 @@
 """The weights that a new run begins with: random, around a pretrained backbone, or a detector's."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,31 +63,45 @@ def initial_weights(
     if not source:
         return load_pretrained(network, variables)
     trained = read_trained(source)
+    if bad := [name for name, x in trained.arrays.items() if not np.isfinite(x).all()]:
+        raise InputError(f"--model.init-from {source} holds NaN or infinity in {in_short(bad)}")
+    ours = network.by_path(variables)
+    in_torch = {torch_name(path): to_torch(path, array) for path, array in ours.items()}
+    outputs = class_outputs(experiment)
+    arrays = _as_named_here(trained.arrays, outputs)
+    given = dict(arrays)
+    rows = {
+        name: rows_taken(
+            in_torch[name],
+            given.pop(name, np.zeros(0)),
+            per_cell,
+            category_names,
+            trained.classes,
+        )
+        for name, per_cell in outputs.items()
+    }
+    if all(row is not None for row in rows.values()):  # weights and biases belong together
+        given |= {name: row for name, row in rows.items() if row is not None}
+    loaded, mismatch = load_state_dict(ours, given, ignore=(r"bbox_head\.integral\.project",))
+    misshapen = [name for name, *_ in mismatch.misshapen]
+    random = [*mismatch.missing, *misshapen]
+    if differ := [name for name in random if name.startswith("backbone.")]:
+        theirs, expected = backbone_in_words(given), backbone_in_words(in_torch)
+        kinds = {words.split()[1].partition("-")[0] for words in (theirs, expected)}
+        remedy = f"make {network.model.backbone_flag} like the checkpoint's"
+        if len(kinds) > 1:
+            remedy = "a run cannot begin with the weights of another kind of network"
+        raise InputError(
+            f"--model.init-from {source} has {theirs}, this model has {expected}: {remedy}. They "
+            f"differ in {in_short(differ)}"
+        )
     if flags := pixel_contradictions(network.model, trained.pixels):
         raise InputError(
             f"--model.init-from {source} was trained with other pixels than this model: pass "
             f"{' '.join(flags)}"
         )
-    if bad := [name for name, x in trained.arrays.items() if not np.isfinite(x).all()]:
-        raise InputError(f"--model.init-from {source} holds NaN or infinity in {in_short(bad)}")
-    ours = network.by_path(variables)
-    in_torch = {torch_name(path): to_torch(path, array) for path, array in ours.items()}
-    given, outputs = dict(trained.arrays), class_outputs(experiment)
-    for name, per_cell in outputs.items():
-        stored, fresh = given.pop(name, np.zeros(0)), in_torch[name]
-        rows = rows_taken(fresh, stored, per_cell, category_names, trained.classes)
-        given |= {} if rows is None else {name: rows}
-    loaded, mismatch = load_state_dict(ours, given, ignore=(r"bbox_head\.integral\.project",))
-    misshapen = [name for name, *_ in mismatch.misshapen]
-    random = [*mismatch.missing, *misshapen]
-    if differ := [name for name in random if name.startswith("backbone.")]:
-        raise InputError(
-            f"--model.init-from {source} has {backbone_in_words(given)}, this model has "
-            f"{backbone_in_words(in_torch)}: make --model.backbone like the checkpoint's. They "
-            f"differ in {in_short(differ)}"
-        )
     common = shared(category_names, trained.classes) if given.keys() >= outputs.keys() else []
-    left_out = [name for name in outputs if name in trained.arrays.keys() - given.keys()]
+    left_out = [name for name in outputs if name in arrays.keys() - given.keys()]
     others = [name for name in trained.classes if name not in common]
     print_once(
         f"weights of {source}: {len(ours) - len(random)} of {len(ours)} arrays\n"
@@ -96,10 +111,10 @@ def initial_weights(
         f"  not in it, therefore random: {in_short(random)}\n"
         f"  left out: {in_short([*mismatch.unexpected, *misshapen, *left_out])}"
     )
-    if trained.classes and left_out:
+    if trained.classes and not given.keys() >= outputs.keys():
         print_once(
-            f"  its class outputs do not fit the {len(trained.classes)} classes that it names, or "
-            "have other priors per cell: none was taken over"
+            "  its class outputs are not like this model's (width, priors per cell, "
+            f"{len(trained.classes)} classes): none was taken over"
         )
     like = {name.strip().lower() for name in category_names}
     if near := [n for n in others if n not in category_names and n.strip().lower() in like]:
@@ -110,6 +125,22 @@ def initial_weights(
             "--model.mean, --model.std, --model.channel-order, --model.backbone.caffe"
         )
     return network.replaced(variables, loaded)
+
+
+def _as_named_here(
+    arrays: Mapping[str, np.ndarray], outputs: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """The arrays of another dense detector with its class outputs named as in this one.
+
+    gfl_cls, atss_cls, retina_cls and conv_cls play the same part.
+    """
+    renamed = dict(arrays)
+    for name in outputs:
+        leaf = name.rpartition(".")[2]
+        others = [n for n in arrays if re.fullmatch(rf"bbox_head\.\w+_cls\.{leaf}", n)]
+        if name not in arrays and len(others) == 1:
+            renamed[name] = renamed.pop(others[0])
+    return renamed
 
 
 def read_trained(source: str) -> Trained:

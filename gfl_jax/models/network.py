@@ -64,6 +64,8 @@ class Model:
     channel_order: Literal["rgb", "bgr"] = "rgb"
     init_from: str = ""
 
+    backbone_flag = "--model.backbone"
+
     @property
     def pretrained(self) -> str:
         """`pretrained` of the backbone."""

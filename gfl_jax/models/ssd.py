@@ -52,6 +52,7 @@ class SSDModel:
     init_from: str = ""
 
     channel_order = "rgb"
+    backbone_flag = "--model.width"
 
     @property
     def cls_convs(self) -> list[str]:

@@ -21,6 +21,7 @@ CAT_DOG = [(1, "cat"), (2, "dog")]
         ([(0, "cat"), (1, "dog")], "same classes under other ids .* 0 'cat', 1 'dog'"),
         ([(1, "cat"), (2, "cow")], "other classes .*training 2 'dog'; evaluation 2 'cow'"),
         ([(1, "cat")], "other classes .*training 2 'dog'; evaluation no other"),
+        ([(1, "Cat "), (2, "dog")], "letter by letter: these differ in case, in blanks or in how"),
     ],
 )
 def test_training_and_evaluation_must_mean_the_same_by_every_id(theirs, said):
@@ -43,6 +44,13 @@ def test_evaluation_wants_the_classes_that_were_trained(monkeypatch, theirs):
     monkeypatch.setattr(evaluation, "open_split", lambda *_: SimpleNamespace(**of(theirs)))
     with pytest.raises(InputError, match="the checkpoint and the data have"):
         evaluation.main(["RUN"])
+
+
+def test_names_that_look_alike_are_said_to_differ():
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    said = str(class_error("a", [(1, composed)], "b", [(1, decomposed)]))
+    assert "how Unicode writes an accent" in said
+    assert "Unicode" not in str(class_error("a", [(1, "tea")], "b", [(1, composed)]))
 
 
 def test_long_lists_are_cut():

@@ -487,7 +487,8 @@ def test_hot_pixels_and_few_brighter_images_do_not_hide_that_the_others_are_dark
     file, white, said = dark_images(brightest)
     assert (file, white) == ("b", 1023)
     assert said.startswith("2 of 3 images")
-    assert dark_images({"a": 300, "c": 60000}) is None
+    assert dark_images({"a": 300, "b": 300, "c": 60000, "d": 60000}) is not None
+    assert dark_images({"a": 300, "c": 60000, "d": 60000}) is None
     assert dark_images({"black": 0}) is None
     assert dark_images({}) is None
 

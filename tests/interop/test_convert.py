@@ -1,6 +1,7 @@
 """PyTorch checkpoints in and out, strictly and bit by bit."""
 
 import dataclasses
+import errno
 import json
 import pickle
 import re
@@ -25,6 +26,7 @@ from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
 from gfl_jax.models.ssd import SSDModel
+from gfl_jax.paths import as_path
 from gfl_jax.run import describe, experiment_of
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.step import TrainState, abstract_state, init_state, sgd
@@ -464,6 +466,31 @@ def test_detectors_unknown_to_mmdetection_are_written_and_read(tmp_path, change)
     _, found, *rest = restored(tmp_path / "b")
     assert rest == [experiment, about]
     jax.tree.map(np.testing.assert_array_equal, found.variables, state.variables)
+
+
+def test_what_an_interrupted_conversion_left_is_no_checkpoint(tmp_path, annotations):
+    save_file(random_state_dict(small()), tmp_path / "x.safetensors")
+    (tmp_path / "run" / "checkpoints" / "0.orbax-checkpoint-tmp").mkdir(parents=True)
+    convert.main(tmp_path / "x.safetensors", tmp_path / "run", annotations=annotations)
+    assert restored(tmp_path / "run")
+
+
+def test_a_file_that_could_not_be_written_leaves_nothing(tmp_path, annotations, monkeypatch):
+    pytest.importorskip("torch")
+    save_file(random_state_dict(small()), tmp_path / "x.safetensors")
+    convert.main(tmp_path / "x.safetensors", tmp_path / "run", annotations=annotations)
+
+    def full(self, data):
+        with open(self, "wb") as file:
+            file.write(data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(as_path(tmp_path)), "write_bytes", full)
+    with pytest.raises(
+        OSError, match=r"y\.pth could not be written: No space left.*free some space"
+    ):
+        convert.main(tmp_path / "run", tmp_path / "y.pth")
+    assert not list(tmp_path.glob("y.pth*"))
 
 
 def test_nothing_is_overwritten(tmp_path, annotations):

@@ -124,16 +124,56 @@ def test_a_file_of_mmdetection_is_as_good_as_a_run(tmp_path, monkeypatch, capsys
 
 
 def test_what_does_not_fit_is_named_in_few_lines(tmp_path, monkeypatch, capsys):
-    run_of(tmp_path, small("gfl"), OLD)
+    old = run_of(tmp_path, small("gfl"), OLD)
     found, random = begun(small("atss"), tmp_path, OLD, monkeypatch)
     said = capsys.readouterr().out
-    assert "classes taken over: none; new: person, dog, car" in said
-    assert "bbox_head.atss_cls (2 names), bbox_head.atss_reg (2 names)\n" in said
-    assert "left out: bbox_head.gfl_cls (2 names), bbox_head.gfl_reg (2 names)\n" in said
+    # Its class outputs play the same part under another name.
+    assert "classes taken over: person, dog, car; new: none" in said
+    assert "bbox_head.atss_centerness (2 names), bbox_head.atss_reg (2 names)\n" in said
+    assert "left out: bbox_head.gfl_reg (2 names)\n" in said
     assert len(said.splitlines()) == 4
+    for leaf in ("weight", "bias"):
+        np.testing.assert_array_equal(
+            found[f"bbox_head.atss_cls.{leaf}"], old[f"bbox_head.gfl_cls.{leaf}"]
+        )
     np.testing.assert_array_equal(
-        found["bbox_head.atss_cls.weight"], random["bbox_head.atss_cls.weight"]
+        found["bbox_head.atss_reg.weight"], random["bbox_head.atss_reg.weight"]
     )
+
+
+def test_class_outputs_of_another_width_are_left_out_as_a_whole(tmp_path, monkeypatch, capsys):
+    run_of(tmp_path, small("gfl"), OLD)
+    wide = dataclasses.replace(small("gfl").model.head, width=64)
+    found, random = begun(
+        systems.variant(small("gfl"), model={"head": wide}), tmp_path, OLD, monkeypatch
+    )
+    assert "class outputs are not like this model's (width, priors" in capsys.readouterr().out
+    for leaf in ("weight", "bias"):
+        np.testing.assert_array_equal(
+            found[f"bbox_head.gfl_cls.{leaf}"], random[f"bbox_head.gfl_cls.{leaf}"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("ssd512", "gfl", r"has a VGG of width 4, this model has a ResNet.* another kind of netw"),
+        ("gfl", "ssd512", r"has a ResNet.*, this model has a VGG of width 4.* another kind of net"),
+    ],
+)
+def test_another_kind_of_network_is_said_before_its_pixels(
+    tmp_path, monkeypatch, old, new, message
+):
+    run_of(tmp_path, small(old), OLD)
+    with pytest.raises(ValueError, match=message):
+        begun(small(new), tmp_path, OLD, monkeypatch)
+
+
+def test_the_flag_of_the_backbone_is_the_models_own(tmp_path, monkeypatch):
+    run_of(tmp_path, small("ssd512"), OLD)
+    wider = systems.variant(small("ssd512"), model={"width": 8})
+    with pytest.raises(ValueError, match=r"make --model.width like the checkpoint's"):
+        begun(wider, tmp_path, OLD, monkeypatch)
 
 
 @pytest.mark.parametrize(
