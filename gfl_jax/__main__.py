@@ -13,6 +13,10 @@ COMMANDS = {
         "gfl_jax.tools.predict:main",
         "detect on images, folders and videos: pictures and tables",
     ),
+    "report": (
+        "gfl_jax.tools.report.command:main",
+        "a page for a browser: what a detector gets wrong, what it costs, and the pictures",
+    ),
     "export": ("gfl_jax.tools.export:main", "write a trained detector to copy and share"),
     "prepare": (
         "gfl_jax.data.prepare:main",
