@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
+import numpy as np
+
 SIZE = 300
 """Length of both axes."""
 
@@ -54,7 +56,7 @@ def cell(x: float, y: float, side: float, strength: float, title: str) -> str:
     )
 
 
-def spark(values: Sequence[float]) -> str:
+def spark(values: np.ndarray) -> str:
     """A small line of values from 0 to 1, without axes."""
     step = 80 / max(len(values) - 1, 1)
     path = " ".join(f"{i * step:.0f},{22 - 20 * v:.1f}" for i, v in enumerate(values))

@@ -189,7 +189,9 @@ def write_report(
     inside = len(indices) <= EMBEDDED
     with writing(out):
         (out.parent if inside else folder).mkdir(parents=True, exist_ok=True)
-    results, detected, shown = [], [], []
+    results: list[dict[str, Any]] = []
+    detected: list[Detected] = []
+    shown: list[dict[str, Any]] = []
     rows = zip(indices, image_ids, found, strict=True)
     for index, image_id, result in tqdm(rows, total=len(indices), unit=" images", desc="report"):
         own = objects[image_id]

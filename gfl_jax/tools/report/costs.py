@@ -36,11 +36,11 @@ class Cost(NamedTuple):
     """A kind of error.
 
     Attributes:
-        count: how many detections, or for missed objects how many objects.
+        number: how many detections, or for missed objects how many objects.
         ap: by how much AP50 rises without them. The costs of all kinds do not add up.
     """
 
-    count: int
+    number: int
     ap: float
 
 

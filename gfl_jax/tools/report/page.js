@@ -38,7 +38,7 @@ function show() {
   by("place").textContent = chosen.length ? `${first + 1} to ${last} of ${chosen.length} images` : "no such image";
   by("back").disabled = first === 0;
   by("next").disabled = last >= chosen.length;
-  by("pictures").replaceChildren(...chosen.slice(first, last).map((entry) => figure(entry.image)));
+  by("shown").replaceChildren(...chosen.slice(first, last).map((entry) => figure(entry.image)));
 }
 
 function element(name, attributes, ...children) {
@@ -67,10 +67,12 @@ function figure(image) {
   }
   let current = -1;
   const pick = (i) => {
-    if (boxes[current]) boxes[current].drawn.classList.remove("chosen");
+    for (const { drawn } of boxes) drawn.classList.remove("chosen");
     current = i;
-    if (!boxes[i]) return hide();
+    svg.classList.toggle("picked", i >= 0);
+    if (i < 0) return hide();
     boxes[i].drawn.classList.add("chosen");
+    if (boxes[i].truth) boxes[i].truth.drawn.classList.add("chosen");
     describe(boxes[i], svg);
   };
   // Of the boxes under the pointer the smallest: the others contain it.

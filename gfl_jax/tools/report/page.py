@@ -112,14 +112,17 @@ def _errors(errors: dict[str, Cost]) -> str:
     most = max([cost.ap for cost in errors.values()] + [1e-9])
     rows = [
         f'<tr><th scope="row"><button class="kind {name}" data-kind="{name}">{name}</button></th>'
-        f"<td>{cost.count}</td>{_bar(cost.ap / most, f'{100 * cost.ap:.1f}')}"
+        f"<td>{cost.number}</td>{_bar(cost.ap / most, f'{100 * cost.ap:.1f}')}"
         f'<td class="text">{MEANING[name]}</td></tr>'
         for name, cost in errors.items()
     ]
-    head = "<th>error</th><th>how many</th><th>costs, points of AP50</th><th>what it is</th>"
+    head = (
+        '<th>error</th><th>how many</th><th class="bar">costs, points of AP50</th>'
+        '<th class="text">what it is</th>'
+    )
     return (
         f"<p>By how much AP50 would rise without each kind of error (TIDE, Bolya et al. 2020); the "
-        f"costs do not add up. A kind's name shows its pictures.</p>{_table(head, rows)}"
+        f"costs do not add up. A kind's name shows its pictures.</p>{_table(head, rows, 'errors')}"
     )
 
 
@@ -171,8 +174,8 @@ def _scores(numbers: Numbers, scores: np.ndarray, ious: np.ndarray) -> str:
             calibration,
             both,
             "Of the detections with a score, how many are correct? On the dashed diagonal as many "
-            f"as it says. Expected calibration error {numbers.calibration_error:.3f}. A score that is "
-            "trained to be the IoU, as GFL's, follows the mean IoU instead.",
+            f"as it says. Expected calibration error {numbers.calibration_error:.3f}. A score "
+            "that is trained to be the IoU, as GFL's, follows the mean IoU instead.",
         )
         + "</div>"
     )
@@ -199,7 +202,7 @@ def _classes(classes: Sequence[ClassNumbers]) -> str:
         for entry in sorted(classes, key=lambda entry: -entry.ap)
     ]
     head = (
-        "<th>class</th><th>objects</th><th>AP</th><th>AP50</th><th>AP75</th>"
+        '<th>class</th><th>objects</th><th class="bar">AP</th><th>AP50</th><th>AP75</th>'
         "<th>precision over recall, IoU 0.5</th>"
     )
     return _table(head, rows)
@@ -227,7 +230,7 @@ def _slices(numbers: Numbers) -> str:
             f"{_bar(max(part.ap, 0), _number(part.ap))}<td>{_number(part.ap50)}</td></tr>"
             for part in parts
         ]
-        head = f"<th>{title}</th><th>objects</th><th>AP</th><th>AP50</th>"
+        head = f'<th>{title}</th><th>objects</th><th class="bar">AP</th><th>AP50</th>'
         return _table(head, rows)
 
     return (
@@ -268,9 +271,9 @@ def _confusion(matrix: np.ndarray, names: Sequence[str], score_threshold: float)
     )
 
 
-def _table(head: str, rows: Sequence[str]) -> str:
+def _table(head: str, rows: Sequence[str], style: str = "") -> str:
     return (
-        '<div class="wide" tabindex="0" role="group" aria-label="table">'
+        f'<div class="wide {style}" tabindex="0" role="group" aria-label="table">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 

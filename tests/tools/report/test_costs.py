@@ -27,9 +27,9 @@ def test_without_crowds_counts_and_costs_are_those_of_hotcoco(seed):
     expected = evaluator.tide_errors(0.5, 0.1)
     found = costs(detected(truth, results), 3)
     for kind, name in TIDE.items():
-        assert found[kind].count == expected["counts"][name]
+        assert found[kind].number == expected["counts"][name]
         assert found[kind].ap == pytest.approx(expected["delta_ap"][name], abs=1e-9)
-    assert sum(cost.count > 0 for cost in found.values()) == 6
+    assert sum(cost.number > 0 for cost in found.values()) == 6
     assert sum(cost.ap > 0 for cost in found.values()) >= 5
 
 
@@ -54,7 +54,7 @@ def test_the_cost_of_an_error_is_the_ap_without_it():
         for category, place, score in detections
     ]
     found = costs(detected(truth, results), 2)
-    assert {name: cost.count for name, cost in found.items()} == {
+    assert {name: cost.number for name, cost in found.items()} == {
         "class": 1,
         "localization": 1,
         "both": 0,
@@ -84,5 +84,5 @@ def test_average_precision_is_the_best_precision_from_each_recall_on():
 def test_without_detections_everything_is_missed():
     truth, _ = made_up(0)
     found = costs(detected(truth, []), 3)
-    assert found["missed"].count == sum(not entry["iscrowd"] for entry in truth["annotations"])
-    assert sum(cost.count for cost in found.values()) == found["missed"].count
+    assert found["missed"].number == sum(not entry["iscrowd"] for entry in truth["annotations"])
+    assert sum(cost.number for cost in found.values()) == found["missed"].number

@@ -1,0 +1,188 @@
+"""The command `report`: a run and its validation images to a page."""
+
+import dataclasses
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("hotcoco")
+
+from gfl_jax.__main__ import main as front_door
+from gfl_jax.coco_eval import evaluate, ground_truth
+from gfl_jax.config import Data, Experiment
+from gfl_jax.data.sources import Shapes
+from gfl_jax.detectors.dense import Detector
+from gfl_jax.detectors.inference import Inference
+from gfl_jax.interop.exported import write_exported
+from gfl_jax.models.fpn import Neck
+from gfl_jax.models.heads import Head
+from gfl_jax.models.network import Backbone, Model, Network
+from gfl_jax.run import describe
+from gfl_jax.tools.report import command
+
+EXPERIMENT = Experiment(
+    model=Model(
+        Backbone(depth=18, width=8, norm="bn", frozen_stages=-1),
+        Neck(32),
+        Head(width=32, stacked_convs=1),
+    ),
+    detector=Detector(inference=Inference(score_threshold=0.0, nms_pre=60, max_per_image=9)),
+    data=Data(source=Shapes(num_train=2, num_val=6, image_size=(64, 64)), scale=(64, 64)),
+)
+
+
+@dataclasses.dataclass
+class Made:
+    """An exported detector with random weights, its validation images and results for them."""
+
+    folder: str
+    split: object
+    results: list
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("detector")
+    source = dataclasses.replace(EXPERIMENT.data.source, cache_dir=str(folder / "cache"))
+    data = dataclasses.replace(EXPERIMENT.data, source=source)
+    experiment = dataclasses.replace(EXPERIMENT, data=data)
+    split = source.open("val")
+    network = Network(experiment.model, experiment.detector.predicts(len(split.category_ids)))
+    variables, rng = network.init(0), np.random.default_rng(0)
+    params = {
+        name: np.asarray(
+            array + 0.3 * rng.normal(size=array.shape) * name.startswith("bbox_head"), np.float32
+        )
+        for name, array in variables.params.items()
+    }
+    about = describe(experiment, split.category_ids, split.category_names) | {"step": 5}
+    write_exported(
+        folder / "run", about, network, variables._replace(params=params), experiment.detector
+    )
+    return Made(str(folder / "run"), split, nearly_right(split))
+
+
+def nearly_right(split, seed=0):
+    """The objects moved, some renamed and some left out, as COCO results."""
+    rng, results = np.random.default_rng(seed), []
+    for entry in ground_truth(split).dataset["annotations"]:
+        box = np.array(entry["bbox"]) + rng.normal(size=4) * 0.08 * entry["bbox"][2]
+        category = entry["category_id"]
+        if rng.random() < 0.3:
+            category = int(rng.choice(split.category_ids))
+        result = {"image_id": entry["image_id"], "category_id": category, "bbox": box.tolist()}
+        if rng.random() < 0.8:
+            results.append(result | {"score": float(rng.uniform(0.2, 1))})
+    return results
+
+
+def report(*arguments):
+    """The status of the command."""
+    with pytest.raises(SystemExit) as ended:
+        front_door(["report", *map(str, arguments)])
+    return ended.value.code or 0
+
+
+def data_of(page):
+    text = page.read_text("utf-8")
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    return json.loads(found[1])
+
+
+def test_stored_results_are_reported_with_the_ap_of_pycocotools(tmp_path, made, capsys):
+    file, page = tmp_path / "results.json", tmp_path / "new" / "report.html"
+    file.write_text(json.dumps(made.results))
+    assert report(made.folder, "--results", file, "-o", page) == 0
+    expected = evaluate(made.results, ground_truth(made.split), made.split.image_ids.tolist())
+    assert 0.05 < expected.metrics["AP"] < 0.9
+    assert f"AP {expected.metrics['AP']:.3f} on 6 images" in capsys.readouterr().out
+    text = page.read_text("utf-8")
+    for value in expected.metrics.values():
+        assert f"<dd>{value:.3f}</dd>" in text or value < 0
+    for name in made.split.category_names:
+        assert f'<th scope="row">{name}</th>' in text
+    assert len(data_of(page)["images"]) == 6
+    assert list(page.parent.iterdir()) == [page], "few pictures are in the page itself"
+
+
+def test_detections_are_predicted_with_the_distributions_of_their_sides(tmp_path, made):
+    page = tmp_path / "report.html"
+    assert report(made.folder, "-o", page, "--score-threshold", "0.01", "--limit", "3") == 0
+    data = data_of(page)
+    assert len(data["images"]) == 3
+    assert any(image["detections"] for image in data["images"])
+    for image in data["images"]:
+        assert len(image["sides"]) == len(image["detections"])
+        for (x1, y1, x2, y2, *_), (ends, spread, digits) in zip(
+            image["detections"], image["sides"], strict=True
+        ):
+            assert len(digits) == 4 * (EXPERIMENT.detector.box.n + 1)
+            assert min(spread) >= 0
+            for side, position in enumerate((x1, y1, x2, y2)):
+                low, high = sorted(ends[2 * side : 2 * side + 2])
+                values = [data["digits"].index(c) for c in digits[17 * side : 17 * side + 17]]
+                mean = np.average(np.linspace(*ends[2 * side : 2 * side + 2], 17), weights=values)
+                # Boxes end at the image's edges, distributions do not.
+                assert mean == pytest.approx(position, abs=0.02 * (high - low)) or position in (
+                    0,
+                    image["size"][side % 2],
+                )
+
+
+def test_nothing_is_fetched_and_names_are_text(tmp_path, made):
+    evil = '</script><img src=x onerror="document.title=1">'
+    split = dataclasses.replace(made.split, category_names=[evil] * len(made.split.category_names))
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps(made.results))
+    found = command.stored(str(results), split, range(6))
+    command.write_report(tmp_path / "r.html", evil, {evil: evil}, split, range(6), found, 0.3, 64)
+    text = (tmp_path / "r.html").read_text("utf-8")
+    assert evil not in text
+    assert text.count("</script>") == 2
+    addresses = set(re.findall(r"https?://[^\s\"']*", text))
+    assert addresses == {"http://www.w3.org/2000/svg"}
+    assert "default-src 'none'" in text
+
+
+def test_many_pictures_lie_in_a_folder_beside_the_page(tmp_path, made, monkeypatch):
+    monkeypatch.setattr(command, "EMBEDDED", 2)
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(made.results))
+    page = tmp_path / "report.html"
+    assert report(made.folder, "--results", file, "-o", page, "--picture-size", "32") == 0
+    for image in data_of(page)["images"]:
+        assert (tmp_path / image["picture"]).read_bytes()[:2] == b"\xff\xd8"
+    assert len(list((tmp_path / "report_pictures").iterdir())) == 6
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("[", "not COCO results"),
+        ('[{"image_id": 1}]', "not COCO results"),
+        ('[{"image_id": 1, "category_id": 77, "bbox": [0, 0, 1, 1], "score": 1}]', "77"),
+        ('[{"image_id": 99, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]', "such as 99"),
+    ],
+)
+def test_a_file_that_is_no_results_is_named(tmp_path, made, capsys, content, said):
+    file = tmp_path / "results.json"
+    file.write_text(content)
+    assert report(made.folder, "--results", file, "-o", tmp_path / "report.html") == 1
+    printed = capsys.readouterr().err
+    assert "results.json" in printed and said in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_missing_file_of_results_is_named(tmp_path, made, capsys):
+    assert report(made.folder, "--results", tmp_path / "none.json") == 1
+    assert "none.json: there is no such file" in capsys.readouterr().err
+
+
+def test_without_hotcoco_the_extra_is_named(made, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    assert report(made.folder) == 1
+    assert "gfl-jax[report]" in capsys.readouterr().err
