@@ -5,7 +5,7 @@ const by = (id) => document.getElementById(id);
 const PER_PAGE = 24, ERRORS = ["class", "localization", "both", "duplicate", "background", "missed"];
 const SAYS = { crowd: "a crowd: what is on it does not count", found: "found", nearly: "found with the wrong class or too little IoU", missed: "missed" };
 const SIDES = ["left", "top", "right", "bottom"];
-let chosen = [], first = 0;
+let chosen = [], first = 0, described = null;
 
 // Every box of an image as one kind of value; numbers are in pixels of the image.
 function boxesOf(image) {
@@ -73,7 +73,7 @@ function figure(image) {
     if (i < 0) return hide();
     boxes[i].drawn.classList.add("chosen");
     if (boxes[i].truth) boxes[i].truth.drawn.classList.add("chosen");
-    describe(boxes[i], svg);
+    describe(boxes[i]);
   };
   // Of the boxes under the pointer the smallest: the others contain it.
   const under = (event) => {
@@ -86,7 +86,7 @@ function figure(image) {
     });
     return best;
   };
-  svg.addEventListener("pointermove", (event) => pick(under(event)));
+  svg.addEventListener("pointermove", (event) => { if (event.pointerType === "mouse") pick(under(event)); });
   svg.addEventListener("click", (event) => pick(under(event)));
   svg.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") pick(-1); });
   svg.addEventListener("blur", () => pick(-1));
@@ -105,13 +105,20 @@ function figure(image) {
 
 function hide() { by("card").hidden = true; }
 
-function describe(box, svg) {
+function describe(box) {
+  described = box;
   const card = by("card"), name = data.names[box.label];
   card.className = box.kind;
   const score = box.object ? "" : ` ${box.score.toFixed(2)}`;
   card.replaceChildren(html("strong", name + score), html("div", box.object ? aboutObject(box) : aboutDetection(box)));
   if (box.sides) card.append(distributions(box));
   card.hidden = false;
+  beside();
+}
+// Puts the card beside its box, also when the page is scrolled, as by the focus.
+function beside() {
+  const card = by("card"), box = described;
+  if (card.hidden) return;
   const place = box.drawn.getBoundingClientRect(), own = card.getBoundingClientRect();
   const left = place.right + own.width + 12 < innerWidth ? place.right + 12 : place.left - own.width - 12;
   card.style.left = `${Math.max(8, Math.min(left, innerWidth - own.width - 8))}px`;
@@ -154,7 +161,7 @@ for (const id of ["kind", "label", "score"]) by(id).addEventListener("input", ch
 by("choices").addEventListener("submit", (event) => event.preventDefault());
 by("back").addEventListener("click", () => { first -= PER_PAGE; show(); });
 by("next").addEventListener("click", () => { first += PER_PAGE; show(); });
-addEventListener("scroll", hide, { passive: true });
+addEventListener("scroll", beside, { passive: true });
 for (const button of document.querySelectorAll("[data-kind]"))
   button.addEventListener("click", () => { by("kind").value = button.dataset.kind; choose(); by("pictures").scrollIntoView(); });
 choose();
