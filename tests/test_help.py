@@ -13,6 +13,7 @@ from gfl_jax.__main__ import COMMANDS, main
 from gfl_jax.cli import _kinds
 from gfl_jax.evaluate import EvalCommand
 from gfl_jax.tools.preflight.command import PreflightCommand
+from gfl_jax.tools.report.command import ReportCommand
 from gfl_jax.train import TrainCommand
 
 
@@ -30,7 +31,7 @@ def kinds_below(kind, known=()):
 KINDS = list(
     dict.fromkeys(
         kind
-        for command in (TrainCommand, EvalCommand, PreflightCommand)
+        for command in (TrainCommand, EvalCommand, PreflightCommand, ReportCommand)
         for kind in kinds_below(command)
     )
 )

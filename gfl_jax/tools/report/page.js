@@ -3,7 +3,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const by = (id) => document.getElementById(id);
 const PER_PAGE = 24, ERRORS = ["class", "localization", "both", "duplicate", "background", "missed"];
-const SAYS = { crowd: "a crowd: what is on it does not count", found: "found", nearly: "found with the wrong class or too little IoU", missed: "missed" };
+const SAYS = { crowd: "a crowd: what is on it does not count", found: "found", nearly: "detected only with the wrong class or too little IoU", missed: "missed" };
 const SIDES = ["left", "top", "right", "bottom"];
 let chosen = [], first = 0, described = null;
 

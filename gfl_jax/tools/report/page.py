@@ -166,7 +166,7 @@ def _scores(numbers: Numbers, scores: np.ndarray, ious: np.ndarray) -> str:
             "Score against IoU",
             heat,
             (),
-            "Detections by score and by IoU with the closest object of their class; darker: more, "
+            "Detections by score and by IoU with the closest object of their class; the stronger the colour the more, "
             "on a logarithmic scale.",
         )
         + _figure(
