@@ -7,11 +7,11 @@ const SAYS = { crowd: "a crowd: what is on it does not count", found: "found", n
 const SIDES = ["left", "top", "right", "bottom"];
 let chosen = [], first = 0, described = null;
 
-// Every box of an image as one kind of value; numbers are in pixels of the image.
-function boxesOf(image) {
-  const objects = image.objects.map(([x1, y1, x2, y2, label, state, score]) => ({ at: [x1, y1, x2, y2], label, kind: data.states[state], score, object: true }));
-  const detections = image.detections.map(([x1, y1, x2, y2, label, score, kind, truth, iou], i) => (
-    { at: [x1, y1, x2, y2], label, score, kind: data.kinds[kind], truth: objects[truth], iou, sides: image.sides[i] }));
+// Every box of a detector on an image as one kind of value; numbers are in pixels of the image.
+function boxesOf(version) {
+  const objects = version.objects.map(([x1, y1, x2, y2, label, state, score]) => ({ at: [x1, y1, x2, y2], label, kind: data.states[state], score, object: true }));
+  const detections = version.detections.map(([x1, y1, x2, y2, label, score, kind, truth, iou], i) => (
+    { at: [x1, y1, x2, y2], label, score, kind: data.kinds[kind], truth: objects[truth], iou, sides: version.sides[i] }));
   return objects.concat(detections.filter((box) => box.score >= least()));
 }
 const least = () => Number(by("score").value);
@@ -24,10 +24,14 @@ function badness(box) {
   return box.object ? 1 : box.score;
 }
 
+// How far up an image comes: the errors of one detector, or how much those of two differ.
+const worth = (one, other = 0) => Math.abs(one - other);
+
 function choose() {
   by("least").textContent = least().toFixed(2);
-  chosen = data.images.map((image) => ({ image, worth: boxesOf(image).reduce((sum, box) => sum + badness(box), 0) }))
-    .filter((entry) => entry.worth > 0).sort((a, b) => b.worth - a.worth);
+  const sum = (version) => boxesOf(version).reduce((all, box) => all + badness(box), 0);
+  chosen = data.images.map((image) => ({ image, worth: worth(...image.versions.map(sum)) }))
+    .filter((entry) => entry.worth > 1e-6).sort((a, b) => b.worth - a.worth);
   first = 0;
   show();
 }
@@ -55,9 +59,15 @@ function html(name, text, style = "") {
 }
 
 function figure(image) {
-  const [width, height] = image.size, boxes = boxesOf(image);
+  const made = html("figure", "", "picture");
+  image.versions.forEach((version, i) => made.append(drawing(image, version, data.versions[i])));
+  return made;
+}
+
+function drawing(image, version, title) {
+  const [width, height] = image.size, boxes = boxesOf(version);
   const counts = ERRORS.map((kind) => [boxes.filter((box) => box.kind === kind).length, kind]).filter(([n]) => n).map((pair) => pair.join(" ")).join(", ");
-  const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, tabindex: 0, role: "application", "aria-label": `${image.name}: ${counts}. Arrow keys go through its boxes` },
+  const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, tabindex: 0, role: "application", "aria-label": `${title} ${image.name}: ${counts || "no errors"}. Arrow keys go through its boxes` },
     element("image", { href: image.picture, width, height }));
   for (const box of boxes) {
     const [x, y, right, bottom] = box.at, size = { x, y, width: Math.max(right - x, 0), height: Math.max(bottom - y, 0) };
@@ -98,8 +108,8 @@ function figure(image) {
     event.preventDefault();
     pick((Math.max(current, step > 0 ? -1 : 0) + step + boxes.length) % boxes.length);
   });
-  const made = html("figure", "", "picture");
-  made.append(svg, html("figcaption", `${image.name}: ${counts}`));
+  const made = html("div", "");
+  made.append(svg, html("figcaption", `${title}${title && ", "}${image.name}: ${counts || "no errors"}`));
   return made;
 }
 
@@ -164,4 +174,5 @@ by("next").addEventListener("click", () => { first += PER_PAGE; show(); });
 addEventListener("scroll", beside, { passive: true });
 for (const button of document.querySelectorAll("[data-kind]"))
   button.addEventListener("click", () => { by("kind").value = button.dataset.kind; choose(); by("pictures").scrollIntoView(); });
+if (data.versions.length > 1) by("shown").classList.add("pairs");
 choose();

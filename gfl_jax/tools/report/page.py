@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from gfl_jax.tools.report import charts
-from gfl_jax.tools.report.costs import Cost
-from gfl_jax.tools.report.errors import KINDS
+from gfl_jax.tools.report.costs import Cost, Detected
+from gfl_jax.tools.report.errors import IGNORED, KINDS
 from gfl_jax.tools.report.gallery import DIGITS, STATES
 from gfl_jax.tools.report.numbers import IOUS, ClassNumbers, Numbers, Slice
 
@@ -30,26 +30,23 @@ MEANING = {
 def page(
     title: str,
     about: dict[str, str],
+    sections: Sequence[tuple[str, str]],
     names: Sequence[str],
-    numbers: Numbers,
-    errors: dict[str, Cost],
-    scores: np.ndarray,
-    ious: np.ndarray,
-    images: list[dict[str, Any]],
+    images: Sequence[dict[str, Any]],
     score_threshold: float,
+    versions: Sequence[str] = ("",),
 ) -> str:
     """The whole page.
 
     Args:
         title: of the page.
         about: what was evaluated, by what it is called.
+        sections: headings and what stands below them, as HTML; the pictures follow.
         names: of the class labels.
-        numbers: of all images together.
-        errors: what each kind costs.
-        scores: [n], of all detections that count.
-        ious: [n], with the closest objects of their classes.
-        images: what `gallery.entry_of` says of each, with the picture's address as `picture`.
+        images: of each the `name`, the `size` (width, height), the address of the `picture` and
+            in `versions` what `gallery.entry_of` says of each detector.
         score_threshold: least score of the detections in `images`.
+        versions: names of the detectors.
     """
     files = importlib.resources.files(__package__)
     style, script = (files.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
@@ -59,6 +56,7 @@ def page(
         "states": STATES,
         "digits": DIGITS,
         "threshold": score_threshold,
+        "versions": list(versions),
         "images": images,
     }
     # "<" could end the script.
@@ -66,15 +64,7 @@ def page(
     facts = "".join(
         f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in about.items()
     )
-    sections = (
-        ("Summary", _summary(numbers)),
-        ("What goes wrong", _errors(errors)),
-        ("Scores", _scores(numbers, scores, ious)),
-        ("Classes", _classes(numbers.classes)),
-        ("Size and aspect ratio", _slices(numbers)),
-        ("Confusion", _confusion(numbers.confusion, names, score_threshold)),
-        ("Pictures", files.joinpath("gallery.html").read_text("utf-8")),
-    )
+    sections = [*sections, ("Pictures", files.joinpath("gallery.html").read_text("utf-8"))]
     ids = [heading.split()[0].lower() for heading, _ in sections]
     links = "".join(
         f'<a href="#{i}">{heading}</a>' for i, (heading, _) in zip(ids, sections, strict=True)
@@ -100,11 +90,40 @@ def page(
 """
 
 
+def report_sections(
+    numbers: Numbers,
+    errors: dict[str, Cost],
+    detected: Sequence[Detected],
+    names: Sequence[str],
+    score_threshold: float,
+) -> list[tuple[str, str]]:
+    """What is said about one detector: headings and HTML.
+
+    Args:
+        numbers: of all images together.
+        errors: what each kind costs.
+        detected: the detections on each image.
+        names: of the class labels.
+        score_threshold: least score of the detections in the confusion matrix.
+    """
+    counted = [image.judged.kind != IGNORED for image in detected]
+    scores = np.concatenate([i.scores[c] for i, c in zip(detected, counted, strict=True)])
+    ious = [i.judged.iou_of_class[c] for i, c in zip(detected, counted, strict=True)]
+    return [
+        ("Summary", _summary(numbers)),
+        ("What goes wrong", _errors(errors)),
+        ("Scores", _scores(numbers, scores, np.concatenate(ious))),
+        ("Classes", _classes(numbers.classes)),
+        ("Size and aspect ratio", _slices(numbers)),
+        ("Confusion", _confusion(numbers.confusion, names, score_threshold)),
+    ]
+
+
 def _summary(numbers: Numbers) -> str:
     large, small = {"AP", "AP50", "AP75"}, []
     for name, value in numbers.metrics.items():
         size = ' class="large"' if name in large else ""
-        small.append(f"<div{size}><dt>{name}</dt><dd>{_number(value)}</dd></div>")
+        small.append(f"<div{size}><dt>{name}</dt><dd>{number(value)}</dd></div>")
     return f'<dl class="numbers">{"".join(small)}</dl>'
 
 
@@ -122,7 +141,7 @@ def _errors(errors: dict[str, Cost]) -> str:
     )
     return (
         f"<p>By how much AP50 would rise without each kind of error (TIDE, Bolya et al. 2020); the "
-        f"costs do not add up. A kind's name shows its pictures.</p>{_table(head, rows, 'errors')}"
+        f"costs do not add up. A kind's name shows its pictures.</p>{table(head, rows, 'errors')}"
     )
 
 
@@ -166,8 +185,8 @@ def _scores(numbers: Numbers, scores: np.ndarray, ious: np.ndarray) -> str:
             "Score against IoU",
             heat,
             (),
-            "Detections by score and by IoU with the closest object of their class; the stronger the colour the more, "
-            "on a logarithmic scale.",
+            "Detections by score and by IoU with the closest object of their class; the stronger "
+            "the colour the more, on a logarithmic scale.",
         )
         + _figure(
             "Calibration",
@@ -196,8 +215,8 @@ def _figure(title: str, chart: str, keys: Iterable[tuple[str, str]], text: str) 
 def _classes(classes: Sequence[ClassNumbers]) -> str:
     rows = [
         f'<tr><th scope="row">{escape(entry.name)}</th><td>{entry.objects}</td>'
-        f"{_bar(max(entry.ap, 0), _number(entry.ap))}<td>{_number(entry.ap50)}</td>"
-        f"<td>{_number(entry.ap75)}</td>"
+        f"{_bar(max(entry.ap, 0), number(entry.ap))}<td>{number(entry.ap50)}</td>"
+        f"<td>{number(entry.ap75)}</td>"
         f"<td>{charts.spark(entry.precision) if entry.ap >= 0 else ''}</td></tr>"
         for entry in sorted(classes, key=lambda entry: -entry.ap)
     ]
@@ -205,7 +224,7 @@ def _classes(classes: Sequence[ClassNumbers]) -> str:
         '<th>class</th><th>objects</th><th class="bar">AP</th><th>AP50</th><th>AP75</th>'
         "<th>precision over recall, IoU 0.5</th>"
     )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _slices(numbers: Numbers) -> str:
@@ -224,19 +243,19 @@ def _slices(numbers: Numbers) -> str:
             return f"{ratio(part.low)} and wider"
         return f"{ratio(part.low)} to {ratio(part.high)}"
 
-    def table(title: str, parts: Sequence[Slice], named: Any) -> str:
+    def one(title: str, parts: Sequence[Slice], named: Any) -> str:
         rows = [
             f'<tr><th scope="row">{named(part)}</th><td>{part.objects}</td>'
-            f"{_bar(max(part.ap, 0), _number(part.ap))}<td>{_number(part.ap50)}</td></tr>"
+            f"{_bar(max(part.ap, 0), number(part.ap))}<td>{number(part.ap50)}</td></tr>"
             for part in parts
         ]
         head = f'<th>{title}</th><th>objects</th><th class="bar">AP</th><th>AP50</th>'
-        return _table(head, rows)
+        return table(head, rows)
 
     return (
         "<p>AP of the objects in each range alone, as COCO's APS, APM and APL.</p>"
-        f'<div class="charts">{table("square root of the area", numbers.sizes, size)}'
-        f"{table('width : height', numbers.aspects, aspect)}</div>"
+        f'<div class="charts">{one("square root of the area", numbers.sizes, size)}'
+        f"{one('width : height', numbers.aspects, aspect)}</div>"
     )
 
 
@@ -267,11 +286,12 @@ def _confusion(matrix: np.ndarray, names: Sequence[str], score_threshold: float)
     return (
         f"<p>Objects (rows) by what detections of at least {score_threshold:g} take them for "
         f"(columns), at IoU 0.5. Background: nothing found, or nothing there.{some}</p>"
-        f'{_table(head, rows)}<ol class="pairs">{said}</ol>'
+        f'{table(head, rows)}<ol class="pairs">{said}</ol>'
     )
 
 
-def _table(head: str, rows: Sequence[str], style: str = "") -> str:
+def table(head: str, rows: Sequence[str], style: str = "") -> str:
+    """A table of header cells and rows; wide ones can be scrolled, also by keyboard."""
     return (
         f'<div class="wide {style}" tabindex="0" role="group" aria-label="table">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -282,5 +302,6 @@ def _bar(share: float, text: str) -> str:
     return f'<td class="bar"><span style="--share:{100 * max(share, 0):.1f}%">{text}</span></td>'
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """An AP, or a dash where there is nothing to measure."""
     return f"{value:.3f}" if value >= 0 else "-"

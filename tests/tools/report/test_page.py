@@ -1,6 +1,7 @@
 """The page in a browser: by mouse, by keyboard and by touch, light and dark, on a phone."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from gfl_jax.detectors.sides import Sides
 from gfl_jax.results import Result
 from gfl_jax.tools.report.costs import costs
 from gfl_jax.tools.report.errors import Objects, judge
-from gfl_jax.tools.report.gallery import data_url, entry_of, thumbnail
+from gfl_jax.tools.report.gallery import Pictures, entry_of
 from gfl_jax.tools.report.numbers import numbers_of
-from gfl_jax.tools.report.page import page
+from gfl_jax.tools.report.page import page, report_sections
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -50,8 +51,10 @@ def one_image(name, *objects_labels, found=()):
         Sides(positions, probabilities),
     )
     judged = judge(objects, found_boxes, found_labels)
-    entry = entry_of(name, result, objects, judged, 0.3)
-    return entry | {"picture": data_url(thumbnail(result.image, 200))}
+    entry = entry_of(result, objects, judged, 0.3)
+    pictures = Pictures(Path("page.html"), [name], 200)
+    pictures.keep(result.image)
+    return pictures.beside([entry])[0]
 
 
 IMAGES = [
@@ -71,14 +74,12 @@ def file(tmp_path_factory):
     return written(tmp_path_factory.mktemp("page") / "report.html", IMAGES)
 
 
-def written(file, images):
+def written(file, images, versions=("",)):
     truth, results = made_up(0, classes=2)
     found = detected(truth, results)
-    scores = np.concatenate([image.scores for image in found])
-    ious = np.concatenate([image.judged.iou_of_class for image in found])
     numbers = numbers_of(truth, results, 0.3)
-    about = {"images": str(len(images))}
-    text = page(EVIL, about, NAMES, numbers, costs(found, 2), scores, ious, images, 0.3)
+    sections = report_sections(numbers, costs(found, 2), found, NAMES, 0.3)
+    text = page(EVIL, {"images": str(len(images))}, sections, NAMES, images, 0.3, versions)
     file.write_text(text, "utf-8")
     return file
 

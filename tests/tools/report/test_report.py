@@ -22,7 +22,12 @@ from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
 from gfl_jax.run import describe
-from gfl_jax.tools.report import command
+from gfl_jax.tools.report import gallery
+from gfl_jax.tools.report.costs import costs
+from gfl_jax.tools.report.detections import annotations_of, see, stored
+from gfl_jax.tools.report.gallery import Pictures
+from gfl_jax.tools.report.numbers import numbers_of
+from gfl_jax.tools.report.page import page, report_sections
 
 EXPERIMENT = Experiment(
     model=Model(
@@ -115,8 +120,9 @@ def test_detections_are_predicted_with_the_distributions_of_their_sides(tmp_path
     assert report(made.folder, "-o", page, "--score-threshold", "0.01", "--limit", "3") == 0
     data = data_of(page)
     assert len(data["images"]) == 3
-    assert any(image["detections"] for image in data["images"])
+    assert any(image["versions"][0]["detections"] for image in data["images"])
     for image in data["images"]:
+        image |= image["versions"][0]
         assert len(image["sides"]) == len(image["detections"])
         for (x1, y1, x2, y2, *_), (ends, spread, digits) in zip(
             image["detections"], image["sides"], strict=True
@@ -136,12 +142,19 @@ def test_detections_are_predicted_with_the_distributions_of_their_sides(tmp_path
 
 def test_nothing_is_fetched_and_names_are_text(tmp_path, made):
     evil = '</script><img src=x onerror="document.title=1">'
-    split = dataclasses.replace(made.split, category_names=[evil] * len(made.split.category_names))
+    names = [evil] * len(made.split.category_names)
+    split = dataclasses.replace(made.split, category_names=names)
+    truth, objects = annotations_of(split, split.image_ids.tolist())
+    for category in truth["categories"]:
+        category["name"] = evil
+    pictures = Pictures(tmp_path / "r.html", [evil] * 6, 64)
     results = tmp_path / "results.json"
     results.write_text(json.dumps(made.results))
-    found = command.stored(str(results), split, range(6))
-    command.write_report(tmp_path / "r.html", evil, {evil: evil}, split, range(6), found, 0.3, 64)
-    text = (tmp_path / "r.html").read_text("utf-8")
+    found = stored(str(results), split, range(6))
+    seen = see(found, split.image_ids.tolist(), objects, 0.3, pictures.keep)
+    numbers, errors = numbers_of(truth, made.results, 0.3), costs(seen.detected, len(names))
+    sections = report_sections(numbers, errors, seen.detected, names, 0.3)
+    text = page(evil, {evil: evil}, sections, names, pictures.beside(seen.entries), 0.3, [evil])
     assert evil not in text
     assert text.count("</script>") == 2
     addresses = set(re.findall(r"https?://[^\s\"']*", text))
@@ -150,7 +163,7 @@ def test_nothing_is_fetched_and_names_are_text(tmp_path, made):
 
 
 def test_many_pictures_lie_in_a_folder_beside_the_page(tmp_path, made, monkeypatch):
-    monkeypatch.setattr(command, "EMBEDDED", 2)
+    monkeypatch.setattr(gallery, "EMBEDDED", 2)
     file = tmp_path / "results.json"
     file.write_text(json.dumps(made.results))
     page = tmp_path / "report.html"
@@ -173,7 +186,7 @@ def test_a_file_that_is_no_results_is_named(tmp_path, made, content, said):
     file = tmp_path / "results.json"
     file.write_text(content)
     with pytest.raises(InputError, match=said) as error:
-        command.stored(str(file), made.split, range(6))
+        stored(str(file), made.split, range(6))
     assert str(file) in str(error.value)
 
 
