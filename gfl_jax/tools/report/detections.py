@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -109,11 +110,13 @@ def stored(file: str, split: PreparedSplit, indices: range) -> Iterator[Result]:
             for row in json.loads(path.read_text()):
                 x, y, width, height = map(float, row["bbox"])
                 label, score = labels[row["category_id"]], float(row["score"])
+                if not (0 <= score <= 1 and math.isfinite(x + y + width + height)):
+                    raise ValueError(f"bbox {row['bbox']}, score {score}")
                 rows[row["image_id"]].append([x, y, x + width, y + height, label, score])
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
-                f"not COCO results of these classes: a list of image_id, category_id, bbox and "
-                f"score ({error!r})"
+                "not COCO results of these classes: a list of image_id, category_id, bbox and a "
+                f"score from 0 to 1 ({error!r})"
             ) from error
         if foreign := set(rows) - set(split.image_ids.tolist()):
             raise InputError(

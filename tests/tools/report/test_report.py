@@ -179,6 +179,8 @@ def test_many_pictures_lie_in_a_folder_beside_the_page(tmp_path, made, monkeypat
         ("[", "not COCO results"),
         ('[{"image_id": 1}]', "not COCO results"),
         ('[{"image_id": 1, "category_id": 77, "bbox": [0, 0, 1, 1], "score": 1}]', "77"),
+        ('[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1.5}]', "score 1.5"),
+        ('[{"image_id": 1, "category_id": 1, "bbox": [0, 0, NaN, 1], "score": 1}]', "nan"),
         ('[{"image_id": 99, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]', "such as 99"),
     ],
 )
