@@ -174,5 +174,8 @@ by("next").addEventListener("click", () => { first += PER_PAGE; show(); });
 addEventListener("scroll", beside, { passive: true });
 for (const button of document.querySelectorAll("[data-kind]"))
   button.addEventListener("click", () => { by("kind").value = button.dataset.kind; choose(); by("pictures").scrollIntoView(); });
-if (data.versions.length > 1) by("shown").classList.add("pairs");
+if (data.versions.length > 1) {
+  by("shown").classList.add("pairs");
+  by("order").textContent = "The images on which the errors of the two differ most first.";
+}
 choose();

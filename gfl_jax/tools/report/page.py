@@ -286,7 +286,7 @@ def _confusion(matrix: np.ndarray, names: Sequence[str], score_threshold: float)
     return (
         f"<p>Objects (rows) by what detections of at least {score_threshold:g} take them for "
         f"(columns), at IoU 0.5. Background: nothing found, or nothing there.{some}</p>"
-        f'{table(head, rows)}<ol class="pairs">{said}</ol>'
+        f'{table(head, rows)}<ol class="confused">{said}</ol>'
     )
 
 

@@ -222,6 +222,24 @@ def luminance(color):
     return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
+def test_two_detectors_stand_side_by_side_where_they_differ(open_page, tmp_path):
+    better = one_image(
+        "worst.jpg",
+        ((20, 20, 80, 80), CAT),
+        ((120, 20, 180, 80), CAT),
+        found=[((22, 20, 82, 80), CAT, 0.8)],
+    )
+    images = [image | {"versions": image["versions"] * 2} for image in IMAGES[:2]]
+    images.append(IMAGES[2] | {"versions": IMAGES[2]["versions"] + better["versions"]})
+    tab = open_page(written(tmp_path / "two.html", images, ("old", "new")))
+    assert captions(tab) == [
+        "old, worst.jpg: 1 class, 1 localization",
+        "new, worst.jpg: 1 missed",
+    ]
+    left, right = (tab.locator(".picture svg").nth(i).bounding_box() for i in (0, 1))
+    assert left["x"] + left["width"] <= right["x"] and left["y"] == right["y"]
+
+
 def test_five_thousand_images_are_paged_through(open_page, tmp_path):
     rng = np.random.default_rng(0)
     images = []

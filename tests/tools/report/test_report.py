@@ -92,6 +92,13 @@ def report(*arguments):
     return ended.value.code or 0
 
 
+def compare(*arguments):
+    """The status of the command."""
+    with pytest.raises(SystemExit) as ended:
+        front_door(["compare", *map(str, arguments)])
+    return ended.value.code or 0
+
+
 def data_of(page):
     text = page.read_text("utf-8")
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
@@ -201,3 +208,27 @@ def test_without_hotcoco_the_extra_is_named(made, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "hotcoco", None)
     assert report(made.folder) == 1
     assert "gfl-jax[report]" in capsys.readouterr().err
+
+
+def test_two_results_are_compared_on_one_page(tmp_path, made, capsys):
+    one, other, page = (tmp_path / name for name in ("one.json", "other.json", "c.html"))
+    one.write_text(json.dumps(made.results))
+    other.write_text(json.dumps(made.results[::2]))
+    named = [made.folder, other, "--results", one, "-o", page]
+    assert compare(*named, "--resamples", "50") == 0
+    printed = capsys.readouterr().out
+    truth, ids = ground_truth(made.split), made.split.image_ids.tolist()
+    aps = [evaluate(r, truth, ids).metrics["AP"] for r in (made.results, made.results[::2])]
+    assert f"AP {aps[0]:.3f} and {aps[1]:.3f} on 6 images: {aps[1] - aps[0]:+.3f} [" in printed
+    data = data_of(page)
+    assert data["versions"] == [made.folder, str(other)]
+    assert all(len(image["versions"]) == 2 for image in data["images"])
+    assert f"<td>{aps[1]:.3f}</td><td>{aps[1] - aps[0]:+.3f}</td>" in page.read_text("utf-8")
+
+
+def test_a_mistake_in_a_comparison_is_named(tmp_path, made, capsys):
+    assert compare(made.folder, "x.json", "--resamples", "1") == 1
+    assert "--resamples is 1" in capsys.readouterr().err
+    assert compare(made.folder, tmp_path / "none.json", "--results", tmp_path / "none.json") == 1
+    assert "none.json: there is no such file" in capsys.readouterr().err
+    assert compare(made.folder) == 2
