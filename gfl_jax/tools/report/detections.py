@@ -1,6 +1,7 @@
 """What a detector says about the images of a split, judged by their annotations."""
 
 import collections
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -85,12 +86,16 @@ def names_of(split: PreparedSplit, indices: range) -> list[str]:
 
 
 def predicted(run: Run, split: PreparedSplit, indices: range) -> Iterator[Result]:
-    """The detections on images of a split, with the distributions of their sides."""
+    """The detections on images of a split, with the distributions of their sides.
+
+    Their category ids are those of the split: the detector may have been trained on others.
+    """
     pictures = (pixels(split, index) for index in indices)
     for result in run.predictor.stream(pictures, distributions=True):
         if isinstance(result, Unreadable):
             raise result.error
-        yield result
+        ids = [split.category_ids[label] for label in result.labels]
+        yield dataclasses.replace(result, category_ids=ids)
 
 
 def stored(file: str, split: PreparedSplit, indices: range) -> Iterator[Result]:

@@ -21,10 +21,10 @@ from gfl_jax.interop.exported import write_exported
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
-from gfl_jax.run import describe
+from gfl_jax.run import describe, load
 from gfl_jax.tools.report import gallery
 from gfl_jax.tools.report.costs import costs
-from gfl_jax.tools.report.detections import annotations_of, see, stored
+from gfl_jax.tools.report.detections import annotations_of, predicted, see, stored
 from gfl_jax.tools.report.gallery import Pictures
 from gfl_jax.tools.report.numbers import numbers_of
 from gfl_jax.tools.report.page import page, report_sections
@@ -64,7 +64,8 @@ def made(tmp_path_factory):
         )
         for name, array in variables.params.items()
     }
-    about = describe(experiment, split.category_ids, split.category_names) | {"step": 5}
+    other_ids = [100 + i for i in split.category_ids]
+    about = describe(experiment, other_ids, split.category_names) | {"step": 5}
     write_exported(
         folder / "run", about, network, variables._replace(params=params), experiment.detector
     )
@@ -119,6 +120,14 @@ def test_stored_results_are_reported_with_the_ap_of_pycocotools(tmp_path, made, 
         assert f'<th scope="row">{name}</th>' in text
     assert len(data_of(page)["images"]) == 6
     assert list(page.parent.iterdir()) == [page], "few pictures are in the page itself"
+
+
+@pytest.mark.slow
+def test_category_ids_are_those_of_the_data(made):
+    (result,) = predicted(load(made.folder), made.split, range(1))
+    assert len(result)
+    assert set(result.category_ids) <= set(made.split.category_ids)
+    assert [made.split.category_ids.index(i) for i in result.category_ids] == result.labels.tolist()
 
 
 @pytest.mark.slow
