@@ -25,7 +25,7 @@ from gfl_jax.tools.report.detections import (
     stored,
 )
 from gfl_jax.tools.report.gallery import Pictures
-from gfl_jax.tools.report.numbers import numbers_of
+from gfl_jax.tools.report.numbers import confusion, numbers_of
 from gfl_jax.tools.report.page import page, report_sections
 
 
@@ -83,12 +83,13 @@ def main(arguments: list[str]) -> None:
     seen = see(found, image_ids, objects, command.score_threshold, pictures.keep)
 
     # ------------------------------------------------------------------ numbers and page
-    numbers = numbers_of(truth, seen.results, command.score_threshold)
+    numbers = numbers_of(truth, seen.results)
+    confused = confusion(truth, seen.counted(), command.score_threshold)
     errors = costs(seen.detected, len(split.category_ids))
     names, least = split.category_names, command.score_threshold
     about = {"step": str(run.step), "images": str(len(indices)), "classes": str(len(names))}
     about |= {"detections": command.results} if command.results else {}
-    sections = report_sections(numbers, errors, seen.detected, names, least)
+    sections = report_sections(numbers, errors, seen.detected, confused, names, least)
     images = pictures.beside(seen.entries)
     write(out, page(f"Detections of {command.folder}", about, sections, names, images, least))
     print(f"AP {numbers.metrics['AP']:.3f} on {len(indices)} images\nreport {out}")

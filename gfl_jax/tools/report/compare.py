@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> None:
     matches = [matched(truth, seen.results) for seen in (first, second)]
     by = differences(matches[0], matches[1], len(indices), command.resamples, command.seed)
     names, versions = split.category_names, (command.folder, command.other)
-    both = [numbers_of(truth, seen.results, least) for seen in (first, second)]
+    both = [numbers_of(truth, seen.results) for seen in (first, second)]
     errors = [costs(seen.detected, len(names)) for seen in (first, second)]
     sections = [
         ("Summary", _summary(both, by, versions)),

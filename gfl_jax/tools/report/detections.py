@@ -20,7 +20,7 @@ from gfl_jax.paths import as_path
 from gfl_jax.results import Result, Unreadable
 from gfl_jax.run import Run
 from gfl_jax.tools.report.costs import Detected
-from gfl_jax.tools.report.errors import Objects, judge
+from gfl_jax.tools.report.errors import IGNORED, Objects, judge
 from gfl_jax.tools.report.gallery import entry_of
 
 
@@ -36,6 +36,12 @@ class Seen(NamedTuple):
     results: list[dict[str, Any]]
     detected: list[Detected]
     entries: list[dict[str, Any]]
+
+    def counted(self) -> list[dict[str, Any]]:
+        """The results without those on crowds."""
+        kinds = np.concatenate([image.judged.kind for image in self.detected])
+        pairs = zip(self.results, kinds.tolist(), strict=True)
+        return [result for result, kind in pairs if kind != IGNORED]
 
 
 def see(

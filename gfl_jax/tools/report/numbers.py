@@ -68,7 +68,6 @@ class Numbers(NamedTuple):
         metrics: COCO's twelve, by the names of `METRICS`.
         classes: in the order of the category ids.
         precision: [IOUS, 101], means over the classes.
-        confusion: int [k + 1, k + 1], objects of class i detected as j; the last: background.
         calibration: (mean score, share correct at IoU 0.5, detections) of each bin of scores.
         calibration_error: mean distance of the two, weighted by the detections.
         sizes: by the square root of the area.
@@ -78,22 +77,18 @@ class Numbers(NamedTuple):
     metrics: dict[str, float]
     classes: list[ClassNumbers]
     precision: np.ndarray
-    confusion: np.ndarray
     calibration: list[tuple[float, float, int]]
     calibration_error: float
     sizes: list[Slice]
     aspects: list[Slice]
 
 
-def numbers_of(
-    truth: dict[str, Any], results: list[dict[str, Any]], score_threshold: float
-) -> Numbers:
+def numbers_of(truth: dict[str, Any], results: list[dict[str, Any]]) -> Numbers:
     """Everything but what is said about single detections.
 
     Args:
         truth: images, annotations and categories as in COCO's format.
         results: detections as COCO results.
-        score_threshold: least score of the detections in the confusion matrix.
 
     Raises:
         MissingExtraError: hotcoco is not installed.
@@ -125,12 +120,28 @@ def numbers_of(
         dict(zip(METRICS, map(float, evaluator.stats), strict=True)),
         classes,
         curves,
-        evaluator.confusion_matrix(FOREGROUND, min_score=score_threshold)["matrix"].astype(int),
         [b for b in bins if b[2]],
         calibration["ece"],
         slices(truth, results, SIZES, lambda entry: math.sqrt(_area(entry))),
         slices(truth, results, ASPECTS, _aspect),
     )
+
+
+def confusion(
+    truth: dict[str, Any], results: list[dict[str, Any]], score_threshold: float
+) -> np.ndarray:
+    """How many objects of each class are detected as which, at IoU 0.5.
+
+    Args:
+        truth: as for `numbers_of`.
+        results: COCO results, without those on crowds, which would count as background.
+        score_threshold: least score of the detections that count.
+
+    Returns:
+        int [k + 1, k + 1]: annotated and detected class; the last is background.
+    """
+    evaluator = _evaluator(truth, results)
+    return evaluator.confusion_matrix(FOREGROUND, min_score=score_threshold)["matrix"].astype(int)
 
 
 def slices(

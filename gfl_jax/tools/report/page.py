@@ -94,6 +94,7 @@ def report_sections(
     numbers: Numbers,
     errors: dict[str, Cost],
     detected: Sequence[Detected],
+    confused: np.ndarray,
     names: Sequence[str],
     score_threshold: float,
 ) -> list[tuple[str, str]]:
@@ -103,6 +104,7 @@ def report_sections(
         numbers: of all images together.
         errors: what each kind costs.
         detected: the detections on each image.
+        confused: see `numbers.confusion`.
         names: of the class labels.
         score_threshold: least score of the detections in the confusion matrix.
     """
@@ -115,7 +117,7 @@ def report_sections(
         ("Scores", _scores(numbers, scores, np.concatenate(ious))),
         ("Classes", _classes(numbers.classes)),
         ("Size and aspect ratio", _slices(numbers)),
-        ("Confusion", _confusion(numbers.confusion, names, score_threshold)),
+        ("Confusion", _confusion(confused, names, score_threshold)),
     ]
 
 

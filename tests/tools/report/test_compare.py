@@ -37,7 +37,7 @@ def by(truth, first, second, resamples=200, seed=0):
 def test_differences_are_those_of_the_metrics():
     truth, first = made_up(3, images=30)
     second = rescored(first, 0.2)
-    one, other = (numbers_of(truth, results, 0.3).metrics for results in (first, second))
+    one, other = (numbers_of(truth, results).metrics for results in (first, second))
     found = by(truth, first, second, resamples=5)
     assert list(found) == ["AP", "AP50", "AP75"]
     for name, difference in found.items():
@@ -49,7 +49,7 @@ def test_weights_are_images_that_occur_so_often(seed):
     truth, results = made_up(seed, images=20)
     drawn = np.random.default_rng(seed).integers(20, size=20)
     found = average_precisions(matched(truth, results), np.bincount(drawn, minlength=20))
-    expected = numbers_of(*drawn_again(truth, results, drawn + 1), 0.3).metrics
+    expected = numbers_of(*drawn_again(truth, results, drawn + 1)).metrics
     assert expected["AP"] > 0
     assert found.mean() == pytest.approx(expected["AP"], abs=1e-12)
     assert found[[0, 5]] == pytest.approx([expected["AP50"], expected["AP75"]], abs=1e-12)
@@ -95,4 +95,4 @@ def test_the_same_seed_gives_the_same_interval():
 def test_there_may_be_no_detections():
     truth, results = made_up(3, images=30)
     ap = by(truth, [], results)["AP"]
-    assert ap.value == pytest.approx(numbers_of(truth, results, 0.3).metrics["AP"])
+    assert ap.value == pytest.approx(numbers_of(truth, results).metrics["AP"])

@@ -15,7 +15,7 @@ pytest.importorskip("hotcoco")
 from made_up import detected, made_up
 
 from gfl_jax.tools.report.errors import CORRECT, IGNORED
-from gfl_jax.tools.report.numbers import ASPECTS, METRICS, SIZES, numbers_of, slices
+from gfl_jax.tools.report.numbers import ASPECTS, METRICS, SIZES, confusion, numbers_of, slices
 
 
 def pycocotools(truth, results, value=None, edges=()):
@@ -42,7 +42,7 @@ def pycocotools(truth, results, value=None, edges=()):
 def test_ap_is_that_of_pycocotools(seed):
     truth, results = made_up(seed)
     expected = pycocotools(truth, results)
-    numbers = numbers_of(truth, results, 0.3)
+    numbers = numbers_of(truth, results)
     np.testing.assert_array_equal([numbers.metrics[name] for name in METRICS], expected.stats)
     precision = expected.eval["precision"][:, :, :, 0, 2]
     np.testing.assert_allclose(
@@ -81,7 +81,7 @@ def test_calibration_is_the_share_of_correct_detections(seed):
         for image in detected(truth, results)
     ]
     scores, correct = np.concatenate(rows).T
-    numbers = numbers_of(truth, results, 0.3)
+    numbers = numbers_of(truth, results)
     assert sum(count for *_, count in numbers.calibration) == len(scores)
     gaps = 0
     for place, (score, share, count) in enumerate(numbers.calibration):
@@ -109,16 +109,16 @@ def test_the_confusion_matrix_counts_objects_by_what_they_were_taken_for():
         {"image_id": 7, "category_id": category, "bbox": box, "score": score}
         for category, box, score in [*detections, (5, [1500, 0, 50, 50], 0.5)]
     ]
-    found = numbers_of(truth, results, 0.3).confusion
+    found = confusion(truth, results, 0.3)
     # Found: a cat; a dog as a cat; the other dog scores too little; a dog where nothing is.
     assert found.tolist() == [[1, 0, 0], [1, 0, 1], [0, 1, 0]]
 
 
 def test_there_may_be_no_detections_or_no_objects():
     truth, results = made_up(0)
-    nothing = numbers_of(truth, [], 0.3)
+    nothing = numbers_of(truth, [])
     assert nothing.metrics["AP"] == 0
     assert nothing.calibration == []
-    empty = numbers_of({**truth, "annotations": []}, results, 0.3)
+    empty = numbers_of({**truth, "annotations": []}, results)
     assert empty.metrics["AP"] == -1
     assert empty.sizes == empty.aspects == []

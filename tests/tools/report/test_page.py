@@ -15,7 +15,7 @@ from gfl_jax.results import Result
 from gfl_jax.tools.report.costs import costs
 from gfl_jax.tools.report.errors import Objects, judge
 from gfl_jax.tools.report.gallery import Pictures, entry_of
-from gfl_jax.tools.report.numbers import numbers_of
+from gfl_jax.tools.report.numbers import confusion, numbers_of
 from gfl_jax.tools.report.page import page, report_sections
 
 CHROMIUM = next(
@@ -77,8 +77,10 @@ def file(tmp_path_factory):
 def written(file, images, versions=("",)):
     truth, results = made_up(0, classes=2)
     found = detected(truth, results)
-    numbers = numbers_of(truth, results, 0.3)
-    sections = report_sections(numbers, costs(found, 2), found, NAMES, 0.3)
+    numbers = numbers_of(truth, results)
+    sections = report_sections(
+        numbers, costs(found, 2), found, confusion(truth, results, 0.3), NAMES, 0.3
+    )
     text = page(EVIL, {"images": str(len(images))}, sections, NAMES, images, 0.3, versions)
     file.write_text(text, "utf-8")
     return file

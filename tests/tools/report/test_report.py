@@ -21,12 +21,14 @@ from gfl_jax.interop.exported import write_exported
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
+from gfl_jax.results import Result
 from gfl_jax.run import describe, load
 from gfl_jax.tools.report import gallery
 from gfl_jax.tools.report.costs import costs
 from gfl_jax.tools.report.detections import annotations_of, predicted, see, stored
+from gfl_jax.tools.report.errors import Objects
 from gfl_jax.tools.report.gallery import Pictures
-from gfl_jax.tools.report.numbers import numbers_of
+from gfl_jax.tools.report.numbers import confusion, numbers_of
 from gfl_jax.tools.report.page import page, report_sections
 
 EXPERIMENT = Experiment(
@@ -168,14 +170,29 @@ def test_nothing_is_fetched_and_names_are_text(tmp_path, made):
     results.write_text(json.dumps(made.results))
     found = stored(str(results), split, range(6))
     seen = see(found, split.image_ids.tolist(), objects, 0.3, pictures.keep)
-    numbers, errors = numbers_of(truth, made.results, 0.3), costs(seen.detected, len(names))
-    sections = report_sections(numbers, errors, seen.detected, names, 0.3)
+    numbers, errors = numbers_of(truth, made.results), costs(seen.detected, len(names))
+    confused = confusion(truth, seen.counted(), 0.3)
+    sections = report_sections(numbers, errors, seen.detected, confused, names, 0.3)
     text = page(evil, {evil: evil}, sections, names, pictures.beside(seen.entries), 0.3, [evil])
     assert evil not in text
     assert text.count("</script>") == 2
     addresses = set(re.findall(r"https?://[^\s\"']*", text))
     assert addresses == {"http://www.w3.org/2000/svg"}
     assert "default-src 'none'" in text
+
+
+def test_what_is_on_a_crowd_is_not_confused_with_background():
+    box = [0.0, 0.0, 500.0, 500.0]
+    crowd = {"id": 1, "image_id": 3, "category_id": 1, "bbox": box, "area": 2.5e5, "iscrowd": 1}
+    truth = {"images": [{"id": 3}], "annotations": [crowd], "categories": [{"id": 1, "name": "a"}]}
+    boxes = np.array([[10, 10, 90, 90], [700, 0, 800, 100]], np.float32)
+    scores, labels = np.array([0.9, 0.8]), np.array([0, 0])
+    image = np.zeros((600, 900, 3), np.uint8)
+    result = Result("", image, boxes, scores, labels, ["a", "a"], [1, 1])
+    objects = {3: Objects(np.array([[0, 0, 500, 500]]), np.array([0]), np.array([True]))}
+    seen = see(iter([result]), [3], objects, 0.3)
+    assert [round(found["score"], 1) for found in seen.counted()] == [0.8]
+    assert confusion(truth, seen.counted(), 0.3).tolist() == [[0, 0], [1, 0]]
 
 
 def test_many_pictures_lie_in_a_folder_beside_the_page(tmp_path, made, monkeypatch):
