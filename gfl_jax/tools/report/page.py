@@ -142,8 +142,9 @@ def _errors(errors: dict[str, Cost]) -> str:
         '<th class="text">what it is</th>'
     )
     return (
-        f"<p>By how much AP50 would rise without each kind of error (TIDE, Bolya et al. 2020); the "
-        f"costs do not add up. A kind's name shows its pictures.</p>{table(head, rows, 'errors')}"
+        "<p>How many errors of each kind there are, and by how many points AP50 would rise without "
+        "them (TIDE, Bolya et al. 2020); the costs do not add up. The name of a kind shows its "
+        f"pictures.</p>{table(head, rows, 'errors')}"
     )
 
 
@@ -287,7 +288,8 @@ def _confusion(matrix: np.ndarray, names: Sequence[str], score_threshold: float)
     )
     return (
         f"<p>Objects (rows) by what detections of at least {score_threshold:g} take them for "
-        f"(columns), at IoU 0.5. Background: nothing found, or nothing there.{some}</p>"
+        f"(columns), at IoU 0.5. Last column: nothing found; last row: no object, or one that had "
+        f"been found.{some}</p>"
         f'{table(head, rows)}<ol class="confused">{said}</ol>'
     )
 
