@@ -27,7 +27,7 @@ from gfl_jax.tools.report import gallery
 from gfl_jax.tools.report.costs import costs
 from gfl_jax.tools.report.detections import annotations_of, predicted, see, stored
 from gfl_jax.tools.report.errors import Objects
-from gfl_jax.tools.report.gallery import Pictures
+from gfl_jax.tools.report.gallery import STATES, Pictures
 from gfl_jax.tools.report.numbers import confusion, numbers_of
 from gfl_jax.tools.report.page import page, report_sections
 
@@ -223,6 +223,15 @@ def test_a_file_that_is_no_results_is_named(tmp_path, made, content, said):
     with pytest.raises(InputError, match=said) as error:
         stored(str(file), made.split, range(6))
     assert str(file) in str(error.value)
+
+
+def test_a_detector_that_finds_nothing_has_a_report(tmp_path, made, capsys):
+    file, page = tmp_path / "results.json", tmp_path / "report.html"
+    file.write_text("[]")
+    assert report(made.folder, "--results", file, "-o", page) == 0
+    assert "AP 0.000 on 6 images" in capsys.readouterr().out
+    missed = [image["versions"][0]["objects"] for image in data_of(page)["images"]]
+    assert {STATES[state] for objects in missed for *_, state, _ in objects} == {"missed"}
 
 
 def test_a_missing_file_of_results_is_named(tmp_path, made, capsys):
