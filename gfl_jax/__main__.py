@@ -18,6 +18,14 @@ COMMANDS = {
         "gfl_jax.tools.predict:main",
         "detect on images, folders and videos: pictures and tables",
     ),
+    "report": (
+        "gfl_jax.tools.report.command:main",
+        "a page for a browser: what a detector gets wrong, what it costs, and the pictures",
+    ),
+    "compare": (
+        "gfl_jax.tools.report.compare:main",
+        "two detectors on the same images: more than chance, and where do they differ?",
+    ),
     "export": ("gfl_jax.tools.export:main", "write a trained detector to copy and share"),
     "calibrate": (
         "gfl_jax.tools.calibrate:main",

@@ -13,6 +13,8 @@ from gfl_jax.__main__ import COMMANDS, main
 from gfl_jax.cli import _kinds
 from gfl_jax.evaluate import EvalCommand
 from gfl_jax.tools.preflight.command import PreflightCommand
+from gfl_jax.tools.report.command import ReportCommand
+from gfl_jax.tools.report.compare import CompareCommand
 from gfl_jax.train import TrainCommand
 
 
@@ -27,13 +29,8 @@ def kinds_below(kind, known=()):
     return found
 
 
-KINDS = list(
-    dict.fromkeys(
-        kind
-        for command in (TrainCommand, EvalCommand, PreflightCommand)
-        for kind in kinds_below(command)
-    )
-)
+COMMAND_CLASSES = (TrainCommand, EvalCommand, PreflightCommand, ReportCommand, CompareCommand)
+KINDS = list(dict.fromkeys(kind for command in COMMAND_CLASSES for kind in kinds_below(command)))
 
 
 def documented(owner):

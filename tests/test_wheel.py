@@ -85,7 +85,8 @@ def installed(wheel, tmp_path_factory):
 
 def test_the_wheel_has_the_package_its_configs_and_its_licence(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for file in [*(ROOT / "gfl_jax").rglob("*.py"), *(ROOT / "configs").glob("*.py")]:
+    files = [file for file in (ROOT / "gfl_jax").rglob("*.*") if "__pycache__" not in file.parts]
+    for file in [*files, *(ROOT / "configs").glob("*.py")]:
         name = file.relative_to(ROOT).as_posix()
         assert name in names or f"gfl_jax/{name}" in names
     assert "gfl_jax/py.typed" in names
