@@ -55,7 +55,9 @@ def interrupts_end() -> None:
             hook(unraisable)
             return
         again.append(True)
-        timer = threading.Timer(0.05, signal.raise_signal, (signal.SIGINT,))
+        # To the main thread, where it ends a wait.
+        main = threading.main_thread().ident
+        timer = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT))
         timer.daemon = True
         timer.start()
 

@@ -136,9 +136,9 @@ def _as_named_here(
     """
     renamed = dict(arrays)
     for name in outputs:
-        leaf = name.rpartition(".")[2]
-        others = [n for n in arrays if re.fullmatch(rf"bbox_head\.\w+_cls\.{leaf}", n)]
-        if name not in arrays and len(others) == 1:
+        alike = rf"bbox_head\.\w+_cls\.{name.rpartition('.')[2]}"
+        others = [n for n in arrays if re.fullmatch(alike, n)]
+        if re.fullmatch(alike, name) and name not in arrays and len(others) == 1:
             renamed[name] = renamed.pop(others[0])
     return renamed
 

@@ -348,7 +348,7 @@ def test_other_classes_than_the_file_names_are_refused(tmp_path, annotations):
     ):
         convert.main(file, tmp_path / "run", annotations=annotations)
     file = written(tmp_path / "y.pth", random_state_dict(small()), CLASSES=("bolt", "nut"))
-    with pytest.raises(ValueError, match="outputs for 3 classes, but itself names 2: bolt, nut"):
+    with pytest.raises(ValueError, match="outputs for 3 classes, but it names 2: bolt, nut"):
         convert.main(file, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
