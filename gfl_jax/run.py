@@ -17,6 +17,7 @@ from gfl_jax.config import Experiment, differences, from_dict, to_dict
 from gfl_jax.errors import InputError, MissingFileError
 from gfl_jax.interop.detector_file import read_detector
 from gfl_jax.interop.exported import from_hub, is_exported, read_config, read_weights
+from gfl_jax.interop.stablehlo import is_stablehlo
 from gfl_jax.models.network import Network, Variables
 from gfl_jax.paths import PathLike, as_path, local_path
 from gfl_jax.predict import Predictor
@@ -87,6 +88,12 @@ def load(path: PathLike, classes: Sequence[str] = ()) -> Run:
         experiment, ids, names, network = _described(about, folder)
         weights = read_weights(folder, network)
         return Run(folder, int(about.get("step", 0)), experiment, ids, names, network, weights)
+    if is_stablehlo(folder):
+        raise InputError(
+            f"{folder} holds compiled programs, not a detector to train or evaluate: call "
+            f'gfl_jax.interop.stablehlo.Exported("{folder}")(images, sizes, scales), or export the '
+            "run with --format safetensors"
+        )
     checkpoints = Checkpoints.find(folder)
     about = checkpoints.about()
     experiment, ids, names, network = _described(about, checkpoints.folder)
