@@ -20,7 +20,7 @@ with needs("onnx"):
     from onnx import helper, numpy_helper
 
 OPSET = 18
-Shape = tuple[Any, ...]
+Shape = Sequence[Any]
 """Lengths of axes; one that is no int is the batch."""
 
 
@@ -68,14 +68,15 @@ def plain(rank: int) -> tuple[int, ...]:
 class Graph:
     """Nodes and constants, filled equation by equation."""
 
-    def __init__(self, handlers: dict[str, Handler], outer: "Graph | None" = None):
+    def __init__(self, handlers: dict[str, Handler], first: str, outer: "Graph | None" = None):
         """An empty graph.
 
         Args:
             handlers: by the primitive's name.
+            first: name of the input whose first axis is the batch.
             outer: the graph whose loop has this one as its body.
         """
-        self.handlers = handlers
+        self.handlers, self.first = handlers, first
         self.nodes: list[Any] = []
         self.values: dict[Any, Value] = dict(outer.values) if outer else {}
         self.initializers: dict[str, Any] = outer.initializers if outer else {}
@@ -89,7 +90,7 @@ class Graph:
         for variable, value in zip(jaxpr.invars, arguments, strict=True):
             self.values[variable] = value
         for equation in jaxpr.eqns:
-            results = self._known(equation)
+            results: Sequence[Value] | None = self._known(equation)
             if results is None:
                 name = equation.primitive.name
                 if name not in self.handlers:
@@ -129,7 +130,8 @@ class Graph:
     def value(self, variable: Any) -> Value:
         """What a variable or literal of the jaxpr is."""
         if isinstance(variable, jex.Literal):
-            return Constant(np.asarray(variable.val, variable.aval.dtype))
+            aval: Any = variable.aval
+            return Constant(np.asarray(variable.val, aval.dtype))
         return self.values[variable]
 
     def array(self, variable: Any) -> np.ndarray:
@@ -198,7 +200,7 @@ class Graph:
         """The number of images, [1]."""
         if str(length) != "batch":
             raise InputError(f"ONNX export cannot write the length {length}")
-        return self.node("Shape", ["images"], start=0, end=1)
+        return self.node("Shape", [self.first], start=0, end=1)
 
     def constant(self, array: np.ndarray) -> str:
         """The name of a known array; equal ones are kept once."""
@@ -246,12 +248,12 @@ def model_of(
 
     Args:
         traced: of `jax.jit(function).trace(...)`; all that it closes over becomes constants.
-        names: of its arguments.
+        names: of its arguments; the first axis of the first one is the batch.
         results: names of what it returns.
         handlers: by the primitive's name.
     """
     closed = traced.jaxpr
-    graph = Graph(handlers)
+    graph = Graph(handlers, names[0])
     variables = closed.jaxpr.invars
     inputs = [
         Tensor(name, tuple(x.aval.shape), plain(x.aval.ndim))

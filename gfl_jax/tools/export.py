@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gfl_jax import __version__
 from gfl_jax.data.images import canvases_of
 from gfl_jax.errors import InputError, UsageError
 from gfl_jax.interop.convert import export_checkpoint
@@ -111,7 +110,6 @@ def _about(run: Run) -> dict[str, Any]:
     """What whoever runs a program must know."""
     data = run.experiment.data.for_evaluation()
     return {
-        "gfl_jax": __version__,
         "classes": run.category_names,
         "category_ids": run.category_ids,
         "resize": {

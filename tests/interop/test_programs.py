@@ -259,7 +259,7 @@ def test_a_damaged_export_says_which_file(tmp_path, exported, file, content, mes
 
 def test_a_canvas_without_a_program_is_named(exported):
     images = np.zeros((1, 96, 64, 3), np.uint8)
-    with pytest.raises(InputError, match="96 x 64.*exported for 64 x 64"):
+    with pytest.raises(InputError, match=r"96 x 64.*exported for 64 x 64"):
         stablehlo.Exported(exported)(images, np.array([[96, 64]]), np.ones((1, 2)))
 
 
