@@ -8,7 +8,7 @@ repeated along an axis is stored once, as ONNX broadcasts by itself.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ class Graph:
         self.nodes: list[Any] = []
         self.values: dict[Any, Value] = dict(outer.values) if outer else {}
         self.initializers: dict[str, Any] = outer.initializers if outer else {}
-        self._stored: dict[tuple[str, tuple[int, ...]], str] = dict(outer._stored) if outer else {}
+        self._made: dict[str, list[str]] = dict(outer._made) if outer else {}
         self._counter: list[int] = outer._counter if outer else [0]
 
     # ------------------------------------------------------------------------------- equations
@@ -167,11 +167,8 @@ class Graph:
     def _in_order(self, value: Tensor, order: tuple[int, ...]) -> str:
         if value.order == order:
             return value.name
-        key = value.name, order
-        if key not in self._stored:
-            axes = [value.order.index(axis) for axis in order]
-            self._stored[key] = self.node("Transpose", [value.name], perm=axes)
-        return self._stored[key]
+        axes = [value.order.index(axis) for axis in order]
+        return self.node("Transpose", [value.name], perm=axes)
 
     def _expanded(self, value: Value, shape: Shape) -> Tensor:
         if isinstance(value, Constant):
@@ -225,10 +222,17 @@ class Graph:
     def nodes_of(
         self, kind: str, inputs: Sequence[str], count: int, **attributes: Any
     ) -> list[str]:
-        """Adds a node with several results; returns their names."""
-        names = [self.fresh(kind) for _ in range(count)]
-        self.nodes.append(helper.make_node(kind, inputs, names, name=names[0], **attributes))
-        return names
+        """Adds a node with several results, unless there is such a node; returns their names."""
+        key = repr((kind, inputs, sorted(attributes.items())))
+        if key not in self._made:
+            names = self._made[key] = [self.fresh(kind) for _ in range(count)]
+            self.nodes.append(helper.make_node(kind, inputs, names, name=names[0], **attributes))
+        return self._made[key]
+
+    def named(self, name: str, result: str) -> str:
+        """Gives a result another name; returns it."""
+        self.nodes.append(helper.make_node("Identity", [name], [result], name=result))
+        return result
 
     def info(self, name: str, aval: Any) -> Any:
         """The type of an input or output."""
@@ -239,6 +243,14 @@ class Graph:
 def tensor_type(dtype: Any) -> int:
     """ONNX's number of a dtype."""
     return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+
+
+def _names_read(nodes: Iterable[Any]) -> Iterator[str]:
+    """Names of all inputs, also of those in the bodies of loops."""
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            yield from _names_read(attribute.g.node)
 
 
 def model_of(
@@ -261,15 +273,15 @@ def model_of(
     ]
     graph.closed(closed, inputs)
     for name, variable in zip(results, closed.jaxpr.outvars, strict=True):
-        graph.nodes.append(helper.make_node("Identity", [graph.read(variable)], [name]))
-    read = {str(name) for node in graph.nodes for name in node.input}
+        graph.named(graph.read(variable), name)
+    read = set(_names_read(graph.nodes))
     return helper.make_model(
         helper.make_graph(
             graph.nodes,
             "detector",
             [graph.info(n, x.aval) for n, x in zip(names, variables, strict=True) if n in read],
             [graph.info(n, x.aval) for n, x in zip(results, closed.jaxpr.outvars, strict=True)],
-            list(graph.initializers.values()),
+            [x for name, x in graph.initializers.items() if name in read],
         ),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=9,

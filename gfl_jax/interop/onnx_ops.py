@@ -189,8 +189,8 @@ def _scan(graph: Graph, equation: Any) -> list[Value]:
     constants = [graph.value(x) for x in equation.invars[:known]]
     body.closed(params["jaxpr"], [*constants, *tensors])
     step, going, still = (body.fresh(name) for name in ("step", "going", "still"))
-    body.nodes.append(helper.make_node("Identity", [going], [still]))
-    results = [body.node("Identity", [body.read(x)]) for x in jaxpr.outvars]
+    body.named(going, still)
+    results = [body.named(body.read(x), body.fresh("carried")) for x in jaxpr.outvars]
     info = helper.make_tensor_value_info
     condition = tensor_type(np.bool_)
     inner = helper.make_graph(
