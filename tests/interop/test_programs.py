@@ -3,10 +3,15 @@
 import dataclasses
 import datetime
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import gfl_jax
 from gfl_jax import systems
@@ -284,3 +289,22 @@ def test_nothing_is_written_over(exported, runs):
 def test_flags_that_do_not_fit_are_mistakes(tmp_path, runs, flags, message):
     with pytest.raises(UsageError, match=message):
         main(str(runs("gfl")[1]), str(tmp_path / "x"), **flags)
+
+
+@pytest.mark.slow
+def test_the_programs_in_the_docs_run_without_this_package(tmp_path, runs):
+    pytest.importorskip("onnxruntime")
+    folder = str(tmp_path / "shapes")
+    for kind in ("onnx", "stablehlo"):
+        main(str(runs("gfl")[1]), folder, kind, canvas=(128, 128))
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 140, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    text = (Path(__file__).parents[2] / "docs/export.md").read_text()
+    printed = []
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        assert "gfl_jax" not in code
+        ran = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        printed.append([line.split()[0] for line in ran.stdout.splitlines()])
+    assert printed[0] == printed[1] and len(printed[0]) == 3
