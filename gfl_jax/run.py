@@ -20,6 +20,7 @@ from gfl_jax.errors import InputError, MissingFileError
 from gfl_jax.formats import FORMAT, MIGRATIONS, weights_of_format_0
 from gfl_jax.interop.detector_file import read_detector
 from gfl_jax.interop.exported import from_hub, is_exported, read_config, read_weights
+from gfl_jax.interop.stablehlo import is_stablehlo
 from gfl_jax.models.network import Network, Variables
 from gfl_jax.paths import PathLike, as_path, local_path
 from gfl_jax.predict import Predictor
@@ -94,6 +95,12 @@ def load(path: PathLike, classes: Sequence[str] = ()) -> Run:
         weights = read_weights(folder, network)
         step, temperature = int(about.get("step", 0)), float(about.get("temperature", 1.0))
         return Run(folder, step, experiment, ids, names, network, weights, temperature)
+    if is_stablehlo(folder):
+        raise InputError(
+            f"{folder} holds compiled programs, not a detector to train or evaluate: call "
+            f'gfl_jax.interop.stablehlo.Exported("{folder}")(images, sizes, scales), or export the '
+            "run with --format safetensors"
+        )
     while True:
         checkpoints = Checkpoints.find(folder)
         try:

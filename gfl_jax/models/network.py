@@ -171,6 +171,10 @@ class Network:
         network.eval()
         self._eval_graph = nnx.split(network)[0]
 
+    def with_dtype(self, dtype: Literal["float32", "bfloat16"]) -> "Network":
+        """The same network with convolutions and activations of another dtype."""
+        return Network(dataclasses.replace(self.model, dtype=dtype), self._predicts)
+
     def init(self, seed: int) -> Variables:
         """Random weights."""
         network = self.model.build(self._predicts, rngs=nnx.Rngs(seed))
