@@ -38,3 +38,9 @@ def test_an_import_is_found_in_each_of_its_forms(tmp_path, monkeypatch):
         assert [arrow.split(" ")[0] for arrow in house.upward()] == ["gfl_jax.losses"]
     finally:
         house.imports_of.cache_clear()
+
+
+def test_test_files_have_names_of_their_own():
+    """Pytest imports them by these alone: of two with one name it would run one."""
+    names = [file.name for file in (house.ROOT / "tests").rglob("test_*.py")]
+    assert len(set(names)) == len(names)
