@@ -137,6 +137,6 @@ def writing(file: PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or f"{type(error).__name__} {error}"
-        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason += ": free some space there, or name another place"
         raise WriteError(f"{os.fspath(file)} could not be written: {reason}") from error

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import ImageOps
 
 from gfl_jax.data import images, sixteen_bits
 from gfl_jax.data.batch import Batch, Sample, pad
@@ -122,6 +123,8 @@ class Predictor:
         Yields:
             The detections on each image, or why it cannot be read.
         """
+        if isinstance(pictures, str | os.PathLike):
+            pictures = [pictures]
         size = self.batch_size
         together = size if size == 1 else 4 * size
         pending: Any = None
@@ -211,6 +214,8 @@ def pixels_of(picture: Any, white: int = 0) -> np.ndarray:
         MissingFileError: there is no such file.
         InputError: it is not an image.
     """
+    if white < 0:
+        raise InputError(f"white is {white}; it must be a value of the image, or 0")
     if isinstance(picture, str | os.PathLike):
         file = as_path(picture)
         try:
@@ -221,15 +226,10 @@ def pixels_of(picture: Any, white: int = 0) -> np.ndarray:
             raise InputError(f"{picture}: {error.strerror or error}") from error
         deep = sixteen_bits.read_16_bits(data)
         if deep is not None:
-            value = sixteen_bits.nearly_largest(deep)
-            if not white and (dark := sixteen_bits.dark_images({str(picture): value})):
-                raise InputError(f"{picture}: {dark[2]}: say which value is white, {dark[1]}?")
-            data = sixteen_bits.as_8_bits(deep, white or sixteen_bits.WHITE)
+            data = _scaled(deep, white, str(picture))
         return images.decode(data, name=str(picture))
     if hasattr(picture, "getexif"):  # an image of Pillow
-        from PIL import ImageOps
-
-        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+        return _pixels_of_pillow(picture, white)
     array = np.asarray(picture)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
         raise InputError(
@@ -237,6 +237,29 @@ def pixels_of(picture: Any, white: int = 0) -> np.ndarray:
             "RGB from 0 to 255"
         )
     return array
+
+
+def _scaled(deep: np.ndarray, white: int, name: str) -> bytes:
+    """A PNG of 8 bits of an image of 16 bits, uint16 [height, width, 3]."""
+    value = sixteen_bits.nearly_largest(deep)
+    if not white and (dark := sixteen_bits.dark_images({name: value})):
+        raise InputError(f"{name}: {dark[2]}: say which value is white, {dark[1]}?")
+    return sixteen_bits.as_8_bits(deep, white or sixteen_bits.WHITE)
+
+
+def _pixels_of_pillow(picture: Any, white: int) -> np.ndarray:
+    name = getattr(picture, "filename", "") or "an image"
+    try:
+        upright = ImageOps.exif_transpose(picture)
+        if not upright.mode.startswith(("I", "F")):
+            return np.asarray(upright.convert("RGB"))
+        grey = np.asarray(upright)
+    except OSError as error:
+        raise InputError(f"{name}: {error}") from error
+    if upright.mode == "F" or grey.min() < 0 or grey.max() > sixteen_bits.WHITE:
+        raise InputError(f"{name} has values of mode {upright.mode}, not 8 or 16 bits: convert it")
+    deep = np.repeat(grey.astype(np.uint16)[..., None], 3, axis=2)
+    return images.decode(_scaled(deep, white, name), name=name)
 
 
 def _predict(
@@ -268,9 +291,11 @@ def _predict_with_sides(
 
 def _is_one(pictures: Any) -> bool:
     """Whether this is one image rather than several."""
-    if isinstance(pictures, str | os.PathLike) or hasattr(pictures, "getexif"):
+    if isinstance(pictures, str | bytes | os.PathLike) or hasattr(pictures, "getexif"):
         return True
-    return hasattr(pictures, "ndim") and pictures.ndim != 4
+    if hasattr(pictures, "ndim"):
+        return pictures.ndim != 4
+    return not isinstance(pictures, Iterable)
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

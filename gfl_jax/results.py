@@ -80,7 +80,7 @@ class Result:
         """COCO results: image_id, category_id, bbox (x, y, width, height) and score of each."""
         return [
             {
-                "image_id": image_id,
+                "image_id": int(image_id),
                 "category_id": category_id,
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "score": score,

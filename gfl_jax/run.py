@@ -30,7 +30,7 @@ CALIBRATION = "calibration.json"
 """In a work directory: the temperature that `gfl-jax calibrate` found."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Run:
     """A trained detector. Call it with an image or with several, see `gfl_jax.predict`.
 
@@ -53,6 +53,11 @@ class Run:
     network: Network
     variables: Variables
     temperature: float = 1.0
+
+    def __repr__(self) -> str:
+        classes = ", ".join(self.category_names[:8])
+        more = f" and {len(self.category_names) - 8} more" if len(self.category_names) > 8 else ""
+        return f"Run({str(self.folder)!r}, step {self.step}: {classes}{more})"
 
     @functools.cached_property
     def predictor(self) -> Predictor:
@@ -88,6 +93,8 @@ def load(path: PathLike, classes: Sequence[str] = ()) -> Run:
     name = os.fspath(path)
     if name.endswith((".pth", ".pt", ".safetensors")):
         return _of_file(name, classes)
+    if classes:
+        raise InputError(f"{name} names its classes itself: leave out `classes`")
     folder = from_hub(name.removeprefix("hf://")) if name.startswith("hf://") else as_path(path)
     if is_exported(folder):
         about = read_config(folder)
@@ -104,15 +111,15 @@ def load(path: PathLike, classes: Sequence[str] = ()) -> Run:
     while True:
         checkpoints = Checkpoints.find(folder)
         try:
-            return _of_checkpoints(checkpoints, folder)
+            return _of_checkpoints(checkpoints)
         except InputError:
             # A run that goes on may have deleted it meanwhile.
             if Checkpoints.find(folder).step == checkpoints.step:
                 raise
 
 
-def _of_checkpoints(checkpoints: Checkpoints, folder: epath.Path) -> Run:
-    """The newest of a folder of checkpoints, found in `folder`."""
+def _of_checkpoints(checkpoints: Checkpoints) -> Run:
+    """The newest of a folder of checkpoints."""
     about = checkpoints.about()
     experiment, ids, names, network = _described(about, checkpoints.folder)
     weights = jax.eval_shape(lambda: network.init(0))
@@ -121,14 +128,14 @@ def _of_checkpoints(checkpoints: Checkpoints, folder: epath.Path) -> Run:
     else:
         weights = weights_of_format_0(checkpoints.read("state"), weights)
     assert checkpoints.step is not None
-    step, temperature = checkpoints.step, _temperature(folder / CALIBRATION, checkpoints.step)
+    files = [place / CALIBRATION for place in (checkpoints.folder, checkpoints.folder.parent)]
+    file = next((file for file in files if file.exists()), None)
+    step, temperature = checkpoints.step, _temperature(file, checkpoints.step) if file else 1.0
     return Run(checkpoints.folder, step, experiment, ids, names, network, weights, temperature)
 
 
 def _temperature(file: epath.Path, step: int) -> float:
     """What `gfl-jax calibrate` wrote, if it was for these weights."""
-    if not file.exists():
-        return 1.0
     try:
         stored = json.loads(file.read_text())
         temperature, of_step = float(stored["temperature"]), int(stored["step"])
@@ -161,7 +168,7 @@ def _of_file(name: str, classes: Sequence[str]) -> Run:
     file = local_path(name, "the file")
     if not file.is_file():
         raise MissingFileError(f"{file}: there is no such file")
-    experiment, count, network, variables, said = read_detector(file)
+    experiment, count, network, variables, said, temperature = read_detector(file)
     names = list(classes) or (said.names if said else [f"class {i}" for i in range(count)])
     if not classes and not said:
         warnings.warn(
@@ -171,7 +178,7 @@ def _of_file(name: str, classes: Sequence[str]) -> Run:
     if len(names) != count:
         raise InputError(f"{file} has outputs for {count} classes, but {len(names)} are named")
     ids = said.ids if said else list(range(1, count + 1))
-    return Run(file, 0, experiment, ids, names, network, variables)
+    return Run(file, 0, experiment, ids, names, network, variables, temperature)
 
 
 def describe(

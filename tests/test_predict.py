@@ -202,6 +202,9 @@ def test_several_threads_may_call(run):
         (np.zeros((40, 50, 3)), r"float64 \[40, 50, 3\]"),
         (np.zeros((40, 50, 4), np.uint8), r"\[40, 50, 4\]"),
         (np.zeros((0, 50, 3), np.uint8), r"\[0, 50, 3\]"),
+        (Image.new("F", (9, 9)), "mode F"),
+        (None, "an image is object"),
+        (b"bytes", "an image is"),
         ("missing.jpg", "missing.jpg: there is no such file"),
         ("s3://bucket/x.jpg", "gs://BUCKET"),
         (".", "[Dd]irectory"),
@@ -211,6 +214,8 @@ def test_several_threads_may_call(run):
 def test_what_is_no_image_is_named(run, picture, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(picture)
+    if picture is None:
+        return
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run([photo(50, 90), picture])
 
@@ -228,6 +233,12 @@ def test_dark_images_of_16_bits_are_not_taken_for_black(tmp_path, run):
     cv2.imwrite(str(tmp_path / "12.png"), pixels[..., ::-1].astype(np.uint16) * 16 + 15)
     with pytest.raises(ValueError, match=r"12\.png.*4095"):
         run(tmp_path / "12.png")
+    grey = Image.fromarray(pixels[..., 0].astype(np.uint16) * 16 + 15)
+    assert grey.mode.startswith("I")
+    with pytest.raises(ValueError, match=r"hardly any value above \d+"):
+        run(grey)
+    of_pillow = run(grey, white=4095).image
+    assert np.abs(of_pillow.astype(int) - pixels[..., :1]).max() <= 1
     found = run(tmp_path / "12.png", white=4095).image
     assert np.abs(found.astype(int) - pixels).max() <= 1
 
@@ -285,6 +296,8 @@ def assert_same_run(found, run):
 def test_an_exported_folder_is_the_same_detector(tmp_path, run):
     found = gfl_jax.load(exported(tmp_path / "x", run))
     assert_same_run(found, run)
+    with pytest.raises(ValueError, match="names its classes itself"):
+        gfl_jax.load(tmp_path / "x", classes=NAMES)
     assert found.step == 7
 
 
@@ -317,6 +330,7 @@ def test_a_file_of_mmdetections_names_is_a_detector(tmp_path, run):
     assert found.category_names == NAMES
     with pytest.warns(UserWarning, match="does not name its 3 classes"):
         assert gfl_jax.load(tmp_path / "x.safetensors").category_names[2] == "class 2"
+    assert "cat, Hündin, gnu" in repr(found) and len(repr(found)) < 300
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="3 classes, but 1 are named"):
         gfl_jax.load(tmp_path / "x.safetensors", classes=["cat"])
     with pytest.raises(FileNotFoundError, match="no such file"):

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gfl_jax.errors import InputError
+
 
 class Sides(NamedTuple):
     """The distribution of each side: left, top, right, bottom.
@@ -53,9 +55,14 @@ def interval(sides: Sides, share: float) -> tuple[np.ndarray, np.ndarray]:
         sides: the distributions.
         share: of the probability, such as 0.9.
 
+    Raises:
+        InputError: the share is not between 0 and 1.
+
     Returns:
         Lower and upper end, [..., 4] each. Both are the position itself if there is only one.
     """
+    if not 0 < share < 1:
+        raise InputError(f"the share is {share}; it must be between 0 and 1, such as 0.9")
     positions, probabilities = map(np.asarray, sides)
     if positions.shape[-1] == 1:
         return positions[..., 0], positions[..., 0]

@@ -107,7 +107,7 @@ def _import(
         named = classes_in(content.meta)
         classes = _classes(named, classes, source, annotations)
         chosen = load_experiment(config) if config else None
-        experiment, num_classes, network, variables, _ = detector_from(
+        experiment, num_classes, network, variables, *_ = detector_from(
             part.arrays, content.meta, source, chosen
         )
         if num_classes != len(classes.names):
@@ -191,6 +191,7 @@ def export_checkpoint(source: PathLike, file: Path) -> int:
             "category_ids": tuple(run.category_ids),
         },
         "gfl_jax": json.dumps(to_dict(run.experiment)),
+        "gfl_jax_temperature": float(run.temperature),
     }
     content = {"meta": meta, "state_dict": {k: torch.from_numpy(v) for k, v in arrays.items()}}
     with writing(file):

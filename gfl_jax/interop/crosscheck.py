@@ -245,7 +245,7 @@ def main(
     """
     if not files:
         raise UsageError("name at least one image")
-    experiment, num_classes, _, variables, _ = read_detector(
+    experiment, num_classes, _, variables, *_ = read_detector(
         local_path(checkpoint, "--checkpoint"), load_experiment(config) if config else None
     )
     data, model = experiment.data, dataclasses.replace(experiment.model, dtype="float32")

@@ -29,6 +29,7 @@ class Loaded(NamedTuple):
         network: the network.
         variables: its weights.
         classes: what the file calls them; None if it does not say.
+        temperature: of the distributions of sides, 1 unless this project wrote another.
     """
 
     experiment: Experiment
@@ -36,6 +37,7 @@ class Loaded(NamedTuple):
     network: Network
     variables: Variables
     classes: Classes | None
+    temperature: float
 
 
 def read_detector(source: Path, experiment: Experiment | None = None) -> Loaded:
@@ -79,7 +81,9 @@ def detector_from(
     )
     mismatch.raise_if_any(source)
     variables = network.replaced(abstract, loaded)
-    return Loaded(experiment, num_classes, network, variables, classes_in(meta))
+    temperature = meta.get("gfl_jax_temperature", 1.0)
+    temperature = temperature if isinstance(temperature, float) and temperature > 0 else 1.0
+    return Loaded(experiment, num_classes, network, variables, classes_in(meta), temperature)
 
 
 def state_dict(network: Network, variables: Variables, detector: Detector) -> dict[str, np.ndarray]:

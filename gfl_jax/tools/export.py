@@ -51,6 +51,8 @@ def main(
         raise UsageError(f"--canvas is for --format stablehlo and onnx, not {format}")
     if format == "mmdet":
         file = local_path(out, "--out")
+        if file.suffix != ".pth":
+            raise UsageError(f"--format mmdet writes a file: --out must end in .pth, it is {out}")
         print(f"{export_checkpoint(run, file)} arrays of {run} written to {file}")
         return
     folder = as_path(out)

@@ -44,13 +44,18 @@ class Source(NamedTuple):
     name: str
 
 
-def sources_of(named: Iterable[str]) -> list[Source]:
+def sources_of(named: Iterable[str], out: Path) -> list[Source]:
     """The images and videos in folders, with their subfolders, and the files that are named.
+
+    Args:
+        named: files and folders.
+        out: where pictures go: those of an earlier run are not taken from a folder.
 
     Raises:
         MissingFileError: there is no such file.
-        InputError: a folder has none.
+        InputError: a folder has none, or a picture would replace a file that is read.
     """
+    own = {(out / name).resolve() for name in ("pictures", "distributions")}
     sources: list[Source] = []
     for name in named:
         if is_remote(name):
@@ -58,7 +63,14 @@ def sources_of(named: Iterable[str]) -> list[Source]:
             continue
         path = local_path(name, "the image")
         if path.is_dir():
-            files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGES + VIDEOS)
+            files = sorted(
+                file
+                for file in path.rglob("*")
+                if file.suffix.lower() in IMAGES + VIDEOS
+                and file.is_file()
+                and not file.name.startswith("._")  # what macOS writes beside a file
+                and (path.resolve() in own or not own & set(file.resolve().parents))
+            )
             if not files:
                 raise InputError(f"{path} has no images or videos: {', '.join(IMAGES + VIDEOS)}")
             sources += [Source(f, str(f.relative_to(path))) for f in files]
@@ -66,20 +78,34 @@ def sources_of(named: Iterable[str]) -> list[Source]:
             sources.append(Source(path, path.name))
         else:
             raise MissingFileError(f"{name}: there is no such file or folder")
-    return _distinct(sources)
+    sources = _distinct(sources)
+    read = {Path(file).resolve() for file, _ in sources if not is_remote(file)}
+    for _, name in sources:
+        if (drawn := out / "pictures" / drawn_name(name)).resolve() in read:
+            raise InputError(f"{drawn} would be replaced by a drawing of it: choose another --out")
+    return sources
 
 
 def _distinct(sources: list[Source]) -> list[Source]:
-    """Numbers names that several files have."""
-    seen: collections.Counter[str] = collections.Counter()
+    """Numbers names whose pictures would have the same name."""
+    taken: set[str] = set()
     distinct = []
     for file, name in sources:
-        seen[name] += 1
-        path = Path(name)
-        if seen[name] > 1:
-            name = str(path.with_name(f"{path.stem}-{seen[name]}{path.suffix}"))
-        distinct.append(Source(file, name))
+        path, unique, number = Path(name), name, 1
+        while drawn_name(unique) in taken:
+            number += 1
+            unique = str(path.with_name(f"{path.stem}-{number}{path.suffix}"))
+        taken.add(drawn_name(unique))
+        distinct.append(Source(file, unique))
     return distinct
+
+
+def drawn_name(name: str) -> str:
+    """What the picture of a file is called, with an ending that other programs can show."""
+    if name.lower().endswith(VIDEOS):
+        return name if name.lower().endswith(".mp4") else name + ".mp4"
+    shown = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+    return name if name.lower().endswith(shown) else name + ".jpg"
 
 
 class Tables:
@@ -114,7 +140,7 @@ class Tables:
         shown = result.above(self._threshold)
         spread = shown.spread() if shown.sides else np.zeros((len(shown), 0))
         for i in range(len(shown)):
-            numbers = [*shown.boxes[i].tolist(), *spread[i].tolist()]
+            numbers = [*shown.boxes[i].tolist(), *spread[i].tolist()]  # no spread in videos
             time = "" if seconds is None else f"{seconds:.3f}"
             row = [name, time, int(shown.labels[i]), shown.names[i], f"{shown.scores[i]:.4f}"]
             self._rows.append([*row, *(f"{number:.2f}" for number in numbers)])
@@ -158,7 +184,7 @@ def predict_images(
                 writing_now.popleft().result()
             if distributions and len(result.above(score_threshold)):  # matplotlib has one thread
                 with writing(out):
-                    file = out / "distributions" / Path(name).with_suffix(".png")
+                    file = out / "distributions" / f"{name}.png"
                     file.parent.mkdir(parents=True, exist_ok=True)
                     save_figure(plot_sides(result, score_threshold), file)
         while writing_now:
@@ -166,15 +192,10 @@ def predict_images(
 
 
 def _draw(result: Result, out: Path, name: str, score_threshold: float) -> None:
-    file = out / "pictures" / _ending(name, (".jpg", ".jpeg", ".png", ".webp", ".bmp"), ".jpg")
+    file = out / "pictures" / drawn_name(name)
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         result.plot(score_threshold).save(file, quality=92)
-
-
-def _ending(name: str, those: tuple[str, ...], otherwise: str) -> str:
-    """A file's name with one of those endings, which other programs can show."""
-    return name if name.lower().endswith(those) else name + otherwise
 
 
 def main(
@@ -216,7 +237,12 @@ def main(
     if not sources:
         raise UsageError("name at least one image, folder or video")
     folder = local_path(out, "--out")
-    found = sources_of(sources)
+    if batch_size < 0 or not 0 <= score_threshold <= 1:
+        raise UsageError(
+            f"--batch-size is {batch_size} and --score-threshold {score_threshold}: the first must "
+            "be at least 0, the second between 0 and 1"
+        )
+    found = sources_of(sources, folder)
     videos = [source for source in found if str(source.file).lower().endswith(VIDEOS)]
     pictures = [source for source in found if source not in videos]
     run = load(weights, classes)
@@ -236,7 +262,7 @@ def main(
         ):
             unreadable.append(error)
         for video in videos:
-            file = folder / "pictures" / _ending(video.name, (".mp4",), ".mp4")
+            file = folder / "pictures" / drawn_name(video.name)
             try:
                 for seconds, result in annotate_video(run, video.file, file, score_threshold):
                     tables.add(video.name, result, seconds)

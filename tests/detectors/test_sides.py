@@ -86,3 +86,9 @@ def test_a_temperature_above_one_flattens():
     ]
     # The logits of a bell are -x^2 / 2 sigma^2: T multiplies its variance.
     np.testing.assert_allclose(widths, 2 * 1.6449 * np.sqrt([0.5, 1.0, 2.0]), rtol=0.03)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 90, -1, float("nan")])
+def test_a_share_is_between_nothing_and_all(share):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        interval(normal(0.0, 1.0), share)

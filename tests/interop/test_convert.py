@@ -249,7 +249,7 @@ def test_files_of_old_versions_are_read(tmp_path, name, renamed):
         old[new_name] = array
     assert old.keys() != arrays.keys()
     save_file(old, tmp_path / "x.safetensors")
-    experiment, classes, network, variables, _ = read_detector(tmp_path / "x.safetensors")
+    experiment, classes, network, variables, *_ = read_detector(tmp_path / "x.safetensors")
     assert (experiment, classes) == (small_system(name), len(NAMES))
     found = state_dict(network, variables, experiment.detector)
     assert found.keys() == arrays.keys()

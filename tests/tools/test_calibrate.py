@@ -98,6 +98,7 @@ def test_the_temperature_is_kept_and_used(tmp_path, capsys, monkeypatch):
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     used = gfl_jax.load(run)
     assert used.temperature == temperature
+    assert gfl_jax.load(run / "checkpoints").temperature == temperature
     found = used(image, distributions=True).interval()
     (run / CALIBRATION).unlink()
     plain = gfl_jax.load(run)(image, distributions=True)

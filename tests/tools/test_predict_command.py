@@ -17,7 +17,7 @@ from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
 from gfl_jax.run import describe
-from gfl_jax.tools.predict import sources_of
+from gfl_jax.tools.predict import drawn_name, sources_of
 from gfl_jax.visualize import plot_sides
 
 EXPERIMENT = Experiment(
@@ -105,7 +105,7 @@ def test_distributions_are_drawn_and_tabled(tmp_path, weights):
     Image.fromarray(photo(50, 90)).save(tmp_path / "a.jpg")
     arguments = "--weights", weights, "-o", tmp_path / "out", "--distributions"
     assert predict(tmp_path / "a.jpg", *arguments, "--score-threshold", 0.01) == 0
-    assert Image.open(tmp_path / "out" / "distributions" / "a.png").size[0] >= 500
+    assert Image.open(tmp_path / "out" / "distributions" / "a.jpg.png").size[0] >= 500
     assert all(float(row["spread_left"]) > 0 for row in rows_of(tmp_path / "out"))
 
 
@@ -121,12 +121,31 @@ def test_files_of_the_same_name_do_not_replace_each_other(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.jpg").touch()
+    for name in ("x-2.jpg", "y.tif", "y.tif.jpg"):
+        (tmp_path / "a" / name).touch()
     named = [tmp_path / "a", tmp_path / "b", tmp_path / "b" / "x.jpg"]
-    assert [source.name for source in sources_of(map(str, named))] == [
-        "x.jpg",
-        "x-2.jpg",
-        "x-3.jpg",
-    ]
+    found = sources_of(map(str, named), tmp_path / "out")
+    names = [source.name for source in found]
+    assert len({drawn_name(name) for name in names}) == len(names) == 6
+    assert names[:2] == ["x-2.jpg", "x.jpg"] and names[4:] == ["x-3.jpg", "x-4.jpg"]
+
+
+def test_originals_are_never_replaced(tmp_path, weights, capsys):
+    folder = tmp_path / "proj" / "pictures"
+    folder.mkdir(parents=True)
+    Image.fromarray(photo(50, 90)).save(folder / "a.png")
+    before = (folder / "a.png").read_bytes()
+    assert predict(folder, "--weights", weights, "-o", tmp_path / "proj") == 1
+    assert "a.png would be replaced by a drawing of it" in capsys.readouterr().err
+    assert (folder / "a.png").read_bytes() == before
+
+
+def test_pictures_of_an_earlier_run_are_no_images_of_the_folder(tmp_path):
+    for name in ("a.jpg", "out/pictures/a.jpg", "out/distributions/a.jpg.png", "._a.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.jpg").mkdir()
+    assert [s.name for s in sources_of([str(tmp_path)], tmp_path / "out")] == ["a.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +157,8 @@ def test_files_of_the_same_name_do_not_replace_each_other(tmp_path):
         (["s3://bucket/x.jpg", "-o", "{empty}/out"], 1, "gs://BUCKET"),
         (["{empty}", "-o", "gs://bucket/x"], 1, "must be on a local disk"),
         (["{empty}", "--score-treshold", "0.3"], 2, "score-threshold"),
+        (["{empty}", "--score-threshold", "nan"], 2, "between 0 and 1"),
+        (["{empty}", "--batch-size", "-1"], 2, "at least 0"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, weights, capsys, arguments, status, message):

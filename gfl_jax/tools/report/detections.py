@@ -127,7 +127,7 @@ def stored(file: str, split: PreparedSplit, indices: range) -> Iterator[Result]:
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
                 "not COCO results of these classes: a list of image_id, category_id, bbox and a "
-                f"score from 0 to 1 ({error!r})"
+                f"score from 0 to 1 ({type(error).__name__}: {str(error)[:200]})"
             ) from error
         if foreign := set(rows) - set(split.image_ids.tolist()):
             raise InputError(
