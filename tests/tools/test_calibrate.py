@@ -83,6 +83,7 @@ def calibrate(*arguments):
     return ended.value.code or 0
 
 
+@pytest.mark.slow
 def test_the_temperature_is_kept_and_used(tmp_path, capsys, monkeypatch):
     run = saved(tmp_path)
     # Boxes of random weights are nowhere near.
