@@ -124,7 +124,8 @@ def evaluate(
         max_per_image: detections that each may have.
     """
     image_ids = sorted(image_ids)
-    most, image_id, category = _fullest(truth, image_ids)
+    (image_id, category), most = _fullest(truth, image_ids, "image_id", "category_id")
+    (crowded,), objects = _fullest(truth, image_ids, "image_id")
     with contextlib.redirect_stdout(io.StringIO()):
         # Copies, since pycocotools adds fields.
         detections = truth.loadRes([dict(result) for result in results]) if results else COCO()
@@ -160,33 +161,22 @@ def evaluate(
             note += f": with detector.inference.max_per_image {max_per_image} AP is {ap:.3f}"
         else:
             note += ": with a larger detector.inference.max_per_image that AP is shown as well"
-    elif (crowded := _most_objects(truth, image_ids))[0] > max_per_image:
+    elif objects > max_per_image:
         note = (
-            f"image {crowded[1]} has {crowded[0]} objects, but a detector gives at most "
+            f"image {crowded} has {objects} objects, but a detector gives at most "
             f"{max_per_image} detections: raise detector.inference.max_per_image"
         )
     return Evaluation(dict(zip(METRICS, map(float, coco_eval.stats), strict=True)), per_class, note)
 
 
-def _most_objects(truth: COCO, image_ids: list[int]) -> tuple[int, int]:
-    """The most objects of all classes in one of these images, and its id."""
+def _fullest(truth: COCO, image_ids: list[int], *fields: str) -> tuple[list[int], int]:
+    """What the most objects in these images share in some fields, and how many they are."""
     known = set(image_ids)
     counts = collections.Counter(
-        entry["image_id"]
+        tuple(entry[field] for field in fields)
         for entry in truth.dataset["annotations"]
         if not entry["iscrowd"] and entry["image_id"] in known
     )
-    image_id, most = max(counts.items(), key=lambda item: item[1], default=(0, 0))
-    return most, image_id
-
-
-def _fullest(truth: COCO, image_ids: list[int]) -> tuple[int, int, int]:
-    """The most objects of one class in one of these images; its id and that of the category."""
-    known = set(image_ids)
-    counts = collections.Counter(
-        (entry["image_id"], entry["category_id"])
-        for entry in truth.dataset["annotations"]
-        if not entry["iscrowd"] and entry["image_id"] in known
-    )
-    (image_id, category), most = max(counts.items(), key=lambda item: item[1], default=((0, 0), 0))
-    return most, image_id, category
+    nothing = (0,) * len(fields), 0
+    shared, most = max(counts.items(), key=lambda item: item[1], default=nothing)
+    return list(shared), most

@@ -15,6 +15,21 @@ def changed(before, after):
     return (before != after).any(-1)
 
 
+@pytest.fixture
+def written(monkeypatch):
+    """The corners of each text's background, once it is drawn."""
+    written = []
+    rectangle = ImageDraw.ImageDraw.rectangle
+
+    def recorded(self, xy, fill=None, **options):
+        if fill:
+            written.append(xy)
+        return rectangle(self, xy, fill=fill, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "rectangle", recorded)
+    return written
+
+
 @pytest.mark.parametrize("height, width", [(200, 300), (4000, 6000), (200, 2000)])
 def test_boxes_and_texts_grow_with_the_picture(height, width):
     image = blank(height, width)
@@ -29,7 +44,7 @@ def test_boxes_and_texts_grow_with_the_picture(height, width):
 
 
 @pytest.mark.parametrize("place", ["top left", "bottom right", "everything", "outside"])
-def test_a_text_stays_inside_the_picture(monkeypatch, place):
+def test_a_text_stays_inside_the_picture(written, place):
     """Wherever its box is."""
     boxes = {
         "top left": [0, 0, 30, 20],
@@ -37,30 +52,12 @@ def test_a_text_stays_inside_the_picture(monkeypatch, place):
         "everything": [0, 0, 400, 300],
         "outside": [395, -50, 500, -10],
     }
-    written = []
-    rectangle = ImageDraw.ImageDraw.rectangle
-
-    def recorded(self, xy, fill=None, **options):
-        if fill:
-            written.append(xy)
-        return rectangle(self, xy, fill=fill, **options)
-
-    monkeypatch.setattr(ImageDraw.ImageDraw, "rectangle", recorded)
     drawing.draw_boxes(blank(300, 400), np.array([boxes[place]], float), [0], ["elephant 0.51"])
     ((x1, y1, x2, y2),) = written
     assert 0 <= x1 < x2 < 400 and 0 <= y1 < y2 < 300
 
 
-def test_texts_of_boxes_close_together_do_not_cover_each_other(monkeypatch):
-    written = []
-    rectangle = ImageDraw.ImageDraw.rectangle
-
-    def recorded(self, xy, fill=None, **options):
-        if fill:
-            written.append(xy)
-        return rectangle(self, xy, fill=fill, **options)
-
-    monkeypatch.setattr(ImageDraw.ImageDraw, "rectangle", recorded)
+def test_texts_of_boxes_close_together_do_not_cover_each_other(written):
     boxes = np.array([[100, 100, 220, 200]] * 3, float)
     drawing.draw_boxes(blank(300, 400), boxes, [0, 1, 2], ["cat 0.9", "dog 0.8", "cow 0.7"])
     places = np.array(written)
@@ -86,14 +83,12 @@ def test_eighty_classes_have_colours_that_differ():
 @pytest.mark.parametrize("name", ["cell", "Größe", "собака"])
 def test_a_name_is_written_as_it_is_where_a_font_has_it(name):
     font, text = drawing.font_for(name, 12)
-    plain, _ = drawing.font_for("cell", 12)
     if text != name:  # a machine with Pillow's own font alone
         assert text.startswith("\\u")
     else:
         shape = Image.new("L", (200, 30))
         ImageDraw.Draw(shape).text((0, 0), name, font=font, fill=255)
         assert np.asarray(shape).any()
-    assert plain is not None
 
 
 def test_characters_that_no_font_has_are_named(monkeypatch):

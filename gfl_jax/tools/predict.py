@@ -140,7 +140,7 @@ class Tables:
         shown = result.above(self._threshold)
         spread = shown.spread() if shown.sides else np.zeros((len(shown), 0))
         for i in range(len(shown)):
-            numbers = [*shown.boxes[i].tolist(), *spread[i].tolist()]  # no spread in videos
+            numbers = [*shown.boxes[i].tolist(), *spread[i].tolist()]
             time = "" if seconds is None else f"{seconds:.3f}"
             row = [name, time, int(shown.labels[i]), shown.names[i], f"{shown.scores[i]:.4f}"]
             self._rows.append([*row, *(f"{number:.2f}" for number in numbers)])
@@ -152,8 +152,10 @@ class Tables:
         write(out / "images.json", json.dumps(described, ensure_ascii=False, indent=1))
         text = io.StringIO()
         writer = csv.writer(text)
-        writer.writerow([*COLUMNS, *(SPREADS if distributions else ())])
-        writer.writerows(self._rows)
+        columns = [*COLUMNS, *(SPREADS if distributions else ())]
+        writer.writerow(columns)
+        # Frames of videos have no spread.
+        writer.writerows([*row, *[""] * (len(columns) - len(row))] for row in self._rows)
         # With a byte order mark, without which spreadsheets misread names.
         write(out / "detections.csv", ("\ufeff" + text.getvalue()).encode("utf-8", "replace"))
 
