@@ -108,6 +108,11 @@ def load(path: PathLike, classes: Sequence[str] = ()) -> Run:
             f'gfl_jax.interop.stablehlo.Exported("{folder}")(images, sizes, scales), or export the '
             "run with --format safetensors"
         )
+    if name.endswith(".onnx") or any(folder.glob("*.onnx")):
+        raise InputError(
+            f"{folder} is for other runtimes, such as onnxruntime: load the run that it was "
+            "exported from, or export that with --format safetensors"
+        )
     while True:
         checkpoints = Checkpoints.find(folder)
         try:

@@ -21,6 +21,7 @@ from gfl_jax.detectors.box import Gaussian
 from gfl_jax.detectors.dense import Detector
 from gfl_jax.detectors.inference import Inference
 from gfl_jax.distributed import SHARDED, parallel
+from gfl_jax.errors import InputError
 from gfl_jax.interop.detector_file import state_dict
 from gfl_jax.interop.exported import write_exported
 from gfl_jax.models.fpn import Neck
@@ -352,3 +353,10 @@ def test_a_damaged_folder_says_which_file(tmp_path, run, damage, message):
         (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         gfl_jax.load(folder)
+
+
+def test_an_exported_onnx_folder_is_not_taken_for_checkpoints(tmp_path):
+    (tmp_path / "64x96_detections.onnx").write_bytes(b"")
+    for source in (tmp_path, tmp_path / "64x96_detections.onnx"):
+        with pytest.raises(InputError, match="is for other runtimes"):
+            gfl_jax.load(source)

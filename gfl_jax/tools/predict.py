@@ -18,6 +18,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from gfl_jax import terminal
 from gfl_jax.errors import InputError, MissingFileError, UsageError
 from gfl_jax.paths import PathLike, is_remote, local_path, write, writing
 from gfl_jax.results import Result, Unreadable
@@ -252,26 +253,27 @@ def main(
     tables, unreadable = Tables(run, score_threshold), []
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    try:
-        for error in predict_images(
-            run,
-            pictures,
-            folder,
-            tables,
-            score_threshold=score_threshold,
-            distributions=distributions,
-            white=white,
-        ):
-            unreadable.append(error)
-        for video in videos:
-            file = folder / "pictures" / drawn_name(video.name)
-            try:
-                for seconds, result in annotate_video(run, video.file, file, score_threshold):
-                    tables.add(video.name, result, seconds)
-            except InputError as error:
-                unreadable.append(Unreadable(str(video.file), error))
-    finally:  # also of what Ctrl-C cut short
-        tables.write(folder, distributions)
+    with terminal.sigterm_raises():
+        try:
+            for error in predict_images(
+                run,
+                pictures,
+                folder,
+                tables,
+                score_threshold=score_threshold,
+                distributions=distributions,
+                white=white,
+            ):
+                unreadable.append(error)
+            for video in videos:
+                file = folder / "pictures" / drawn_name(video.name)
+                try:
+                    for seconds, result in annotate_video(run, video.file, file, score_threshold):
+                        tables.add(video.name, result, seconds)
+                except InputError as error:
+                    unreadable.append(Unreadable(str(video.file), error))
+        finally:  # also of what Ctrl-C or SIGTERM cut short
+            tables.write(folder, distributions)
     kept = sum(result["score"] >= score_threshold for result in tables.results)
     programs = run.predictor.programs
     sizes = ", ".join(f"{n} x {h} x {w}" for n, h, w, _ in sorted(programs)) or "none"

@@ -52,6 +52,7 @@ def annotate_video(
             raise InputError(f"{source} has no pictures in it")
         stream = reader.streams.video[0]
         stream.thread_type = "AUTO"
+        stated = (reader.duration or 0) / av.time_base  # seconds
         stamps: collections.deque[tuple[int, fractions.Fraction]] = collections.deque()
         broken: list[str] = []
 
@@ -96,6 +97,13 @@ def annotate_video(
                     writer.close()
     if broken:
         raise InputError(broken[0])
+    # Some containers, Matroska for one, end without an error where a file is cut off.
+    last = float(pts * base)
+    if last < 0.9 * stated - 1:
+        raise InputError(
+            f"{source} ends after {last:.1f} of the {stated:.1f} seconds that it says it has: it "
+            "may be cut off"
+        )
 
 
 class _Writer:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 
 import cv2
 import numpy as np
@@ -17,7 +18,7 @@ from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
 from gfl_jax.run import describe
-from gfl_jax.tools.predict import drawn_name, sources_of
+from gfl_jax.tools.predict import Tables, drawn_name, sources_of
 from gfl_jax.visualize import plot_sides
 
 EXPERIMENT = Experiment(
@@ -226,3 +227,34 @@ def test_a_video_that_breaks_off_is_done_until_there(tmp_path, weights, capsys):
     assert status == 1
     assert "no.mp4 cannot be read as a video" in capsys.readouterr().err
     assert 3 <= len(stamps_of(out / "pictures" / "cut.avi.mp4")) < 20
+
+
+def test_a_video_that_ends_early_without_an_error_is_named(tmp_path, weights, capsys):
+    """Matroska states its length at the beginning."""
+    video(tmp_path / "whole.mkv", [100 * i for i in range(60)])
+    content = (tmp_path / "whole.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(content[: len(content) // 2])
+    out = tmp_path / "out"
+    assert predict(tmp_path / "whole.mkv", "--weights", weights, "-o", out) == 0
+    assert predict(tmp_path / "cut.mkv", "--weights", weights, "-o", out) == 1
+    assert "of the 5.9 seconds that it says it has" in capsys.readouterr().err
+    assert 10 < len(stamps_of(out / "pictures" / "cut.mkv.mp4")) < 50
+
+
+def test_sigterm_loses_no_table(tmp_path, weights, monkeypatch):
+    for i in range(3):
+        Image.fromarray(photo(64, 96, seed=i)).save(tmp_path / f"{i}.png")
+    add, before = Tables.add, signal.getsignal(signal.SIGTERM)
+
+    def add_and_terminate(self, name, *arguments):
+        add(self, name, *arguments)
+        if name == "1.png":
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Tables, "add", add_and_terminate)
+    out = tmp_path / "out"
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    assert predict(*files, "--weights", weights, "-o", out) == 128 + signal.SIGTERM
+    images = json.loads((out / "images.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == ["0.png", "1.png"]
+    assert signal.getsignal(signal.SIGTERM) is before
