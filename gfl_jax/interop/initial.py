@@ -20,7 +20,7 @@ from gfl_jax.interop.mmdet_text import (
 from gfl_jax.interop.names import in_short, load_state_dict, to_torch, torch_name
 from gfl_jax.interop.parts import detector_part
 from gfl_jax.interop.pretrained import load_pretrained
-from gfl_jax.interop.recognize import backbone_in_words, modern_names
+from gfl_jax.interop.recognize import backbone_in_words, is_vgg, modern_names
 from gfl_jax.interop.torch_files import read_torch_file
 from gfl_jax.models.network import Network, Variables
 from gfl_jax.paths import as_path, local_path
@@ -87,9 +87,8 @@ def initial_weights(
     random = [*mismatch.missing, *misshapen]
     if differ := [name for name in random if name.startswith("backbone.")]:
         theirs, expected = backbone_in_words(given), backbone_in_words(in_torch)
-        kinds = {words.split()[1].partition("-")[0] for words in (theirs, expected)}
         remedy = f"make {network.model.backbone_flag} like the checkpoint's"
-        if len(kinds) > 1:
+        if is_vgg(given) != is_vgg(in_torch):
             remedy = "a run cannot begin with the weights of another kind of network"
         raise InputError(
             f"--model.init-from {source} has {theirs}, this model has {expected}: {remedy}. They "

@@ -133,10 +133,15 @@ def _infer_resnet(arrays: Mapping[str, np.ndarray], prefix: str) -> tuple[int, i
     )
 
 
+def is_vgg(arrays: Mapping[str, np.ndarray]) -> bool:
+    """Whether the backbone of a detector's arrays is a VGG, and no ResNet."""
+    return "backbone.features.0.weight" in arrays
+
+
 def backbone_in_words(arrays: Mapping[str, np.ndarray]) -> str:
     """The backbone of a detector's arrays: 'a ResNet-18 of width 64'."""
-    first = arrays.get("backbone.features.0.weight")
-    if first is not None:
+    if is_vgg(arrays):
+        first = arrays["backbone.features.0.weight"]
         return f"a VGG of width {len(first)}" if first.ndim else "no VGG"
     try:
         return "a ResNet-{} of width {}".format(*_infer_resnet(arrays, "backbone."))
