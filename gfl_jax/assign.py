@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from gfl_jax.boxes import boxes_to_distances, intersection, pairwise_iou
+from gfl_jax.boxes import aligned_iou, boxes_to_distances, intersection, pairwise_iou
 from gfl_jax.errors import InputError
 from gfl_jax.priors import Priors
 from gfl_jax.scores import Scores
@@ -83,21 +83,35 @@ class _Geometric:
         raise NotImplementedError
 
 
-def _nearest(distance: Float[Array, "gts anchors"], k: int) -> Bool[Array, "gts anchors"]:
-    """Marks each row's k smallest finite entries; the lowest index first among equals.
+def _nearest(
+    priors: Priors, level: int, points: Float[Array, "gts 2"], exists: Pairs, k: int
+) -> tuple[Int[Array, "gts k"], Bool[Array, "gts k"]]:
+    """Each point's k nearest priors of a level by their centres; the first among equals.
 
-    Extracts one minimum after another: no sort, gather or scatter, which are slow on TPUs.
+    The centres are a grid, whose valid part is a rectangle from the first cell on: the k nearest
+    are looked for within k // 2 + 1 cells of the point, moved into that rectangle.
+
+    Returns:
+        Indices of the priors, and which of them exist: fewer may be valid.
     """
-    index = jnp.arange(distance.shape[1])
+    start, count = sum(priors.levels[:level]), priors.levels[level]
+    (height, width), per_cell = priors.grids[level], priors.per_cell[level]
+    valid = exists[:, start : start + count].any(0).reshape(height, width, per_cell)[..., 0]
+    extent = jnp.stack([valid[0].sum(), valid[:, 0].sum()])  # columns, rows
 
-    def take_minimum(_, carry):
-        distance, taken = carry
-        nearest = index == jnp.argmin(distance, axis=1, keepdims=True)
-        taken |= nearest & (distance < jnp.inf)
-        return jnp.where(nearest, jnp.inf, distance), taken
+    side = np.minimum(2 * (k // 2 + 1) + 1, [width, height])
+    middle = jnp.round((points - priors.centers[start]) / priors.strides[start]).astype(int)
+    first = jnp.clip(middle - side // 2, 0, jnp.maximum(extent - side, 0))
+    columns = first[:, :1] + np.arange(side[0])
+    rows = first[:, 1:] + np.arange(side[1])
+    cells = (rows[:, :, None] * width + columns[:, None, :]).reshape(len(points), -1)
+    index = start + (cells[..., None] * per_cell + np.arange(per_cell)).reshape(len(points), -1)
 
-    none = jnp.zeros(distance.shape, bool)
-    return lax.fori_loop(0, min(k, distance.shape[1]), take_minimum, (distance, none))[1]
+    offset = jnp.asarray(priors.centers)[index] - points[:, None]
+    found = jnp.take_along_axis(exists, index, axis=1)
+    distance = jnp.where(found, jnp.sqrt((offset**2).sum(-1)), jnp.inf)
+    nearest = lax.top_k(-distance, min(k, distance.shape[1]))[1]
+    return tuple(jnp.take_along_axis(x, nearest, axis=1) for x in (index, found))  # type: ignore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +122,9 @@ class ATSS(_Geometric):
     whose centre is inside it (by 0.01 pixel); an anchor claimed by several objects goes to the one
     with the largest IoU.
 
+    The valid priors of a level must be a rectangle of cells from the first one on, as those of an
+    image on its canvas are.
+
     Attributes:
         topk: candidates per object and level, those with the nearest centres.
     """
@@ -115,16 +132,12 @@ class ATSS(_Geometric):
     topk: int = 9
 
     def match(self, priors: Priors, boxes: Boxes, exists: Pairs) -> Int[Array, " priors"]:
-        iou = pairwise_iou(boxes, jnp.asarray(priors.boxes))  # gts anchors
-        offset = priors.centers - 0.5 * (boxes[:, None, :2] + boxes[:, None, 2:])
-        distance = jnp.sqrt((offset**2).sum(-1))
-        distance = jnp.where(exists, distance, jnp.inf)
-
-        start, candidates = 0, []
-        for size in priors.levels:
-            candidates.append(_nearest(distance[:, start : start + size], self.topk))
-            start += size
-        candidate = jnp.concatenate(candidates, axis=1)
+        middle = 0.5 * (boxes[:, :2] + boxes[:, 2:])
+        by_level = [
+            _nearest(priors, level, middle, exists, self.topk) for level in range(len(priors.grids))
+        ]
+        index, candidate = (jnp.concatenate(x, axis=1) for x in zip(*by_level, strict=True))
+        iou = aligned_iou(boxes[:, None], jnp.asarray(priors.boxes)[index])  # gts candidates
 
         count = candidate.sum(1, keepdims=True)
         mean = jnp.where(candidate, iou, 0).sum(1, keepdims=True) / jnp.maximum(count, 1)
@@ -132,13 +145,15 @@ class ATSS(_Geometric):
         # One candidate alone has no deviation, hence no threshold that it reaches.
         deviation = jnp.where(count > 1, jnp.sqrt(squares / jnp.maximum(count - 1, 1)), jnp.inf)
 
-        x, y = priors.centers.T
-        x1, y1, x2, y2 = (side[:, None] for side in boxes.T)
-        inside = jnp.minimum(jnp.minimum(x - x1, y - y1), jnp.minimum(x2 - x, y2 - y)) > 0.01
-
-        positive = candidate & (iou >= mean + deviation) & inside
+        distances = boxes_to_distances(jnp.asarray(priors.centers)[index], boxes[:, None])
+        positive = candidate & (iou >= mean + deviation) & (distances.min(-1) > 0.01)
+        # The largest IoU of those that claim an anchor, then the first object that has it.
         claim = jnp.where(positive, iou, -1.0)
-        return jnp.where(positive.any(0), jnp.argmax(claim, axis=0), BACKGROUND)
+        largest = jnp.full(exists.shape[1], -1.0).at[index].max(claim)
+        wins = positive & (claim == largest[index])
+        owner = jnp.where(wins, jnp.arange(len(boxes))[:, None], len(boxes))
+        matched = jnp.full(exists.shape[1], len(boxes)).at[index].min(owner)
+        return jnp.where(matched < len(boxes), matched, BACKGROUND)
 
 
 @dataclasses.dataclass(frozen=True)
