@@ -1,7 +1,7 @@
 """The model card of a trained detector: what is known about it, and nothing else."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -102,7 +102,7 @@ def card(
     sections = {
         "Use": _use(location),
         "Results": _results(run, measured, data),
-        "Data": _data(run, data),
+        "Data": _data(run, data, measured),
         "Training": _training(run),
         "What it can and cannot do": _limits(run, measured),
         "Citation": f"```bibtex\n{PAPER}\n```",
@@ -146,11 +146,12 @@ def _metadata(run: Run, name: str, data: str, licence: Licence, measured: Measur
 def _summary(run: Run, data: str) -> str:
     names = run.category_names
     listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    count = sum(x.size for arrays in run.variables for x in arrays.values())
+    variables = run.variables
+    count = sum(x.size for part in (variables.params, variables.frozen) for x in part.values())
     verb = "trained on" if run.step else "for the classes of"
     return (
         f"An object detector {verb} {data}: {len(names)} classes ({listed}), "
-        f"{count / 1e6:.1f} million numbers. A detector of "
+        f"{count / 1e6:.1f} million parameters. A detector of "
         "[Generalized Focal Loss in JAX](https://arxiv.org/abs/2006.04388) (gfl_jax)."
     )
 
@@ -181,12 +182,14 @@ def _results(run: Run, measured: Measured | None, data: str) -> str:
     return text + (f"\n\n{_table(('class', 'objects', 'AP'), rows)}" if rows else "")
 
 
-def _data(run: Run, data: str) -> str:
+def _data(run: Run, data: str, measured: Measured | None) -> str:
     made = run.about.get("made_with", {})
     rows = [("name", data), ("source", f"`{changed(run.experiment.data.source)}`")]
     for split, word in (("train", "training"), ("val", "validation")):
         images, objects = (made.get(what, {}).get(split) for what in ("images", "objects"))
         known = f"{images} images, {objects} objects" if images is not None else UNKNOWN
+        if images is None and split == "val" and measured and measured.images:
+            known = f"{measured.images} images"
         key = run.about.get("data", {}).get(split)
         rows.append((word, known + (f" (key `{key}`)" if key else "")))
     rows.append(("classes", ", ".join(run.category_names)))
@@ -204,7 +207,8 @@ def _training(run: Run) -> str:
     begins = experiment.model.init_from or experiment.model.pretrained
     ema = f", moving average {train.ema_decay:g}" if train.ema_decay else ""
     clip = f", gradients clipped at norm {train.clip_norm:g}" if train.clip_norm else ""
-    short = data.multi_scale or (data.scale[1], data.scale[1])
+    low, high = data.multi_scale or (data.scale[1], data.scale[1])
+    short = f"{high}" if low == high else f"{low} to {high}"
     packages = {"gfl_jax": run.about.get("gfl_jax"), **made.get("packages", {})}
     versions = ", ".join(f"{package} {v}" for package, v in packages.items() if v)
     device = f"{made['devices']} x {made['device']}" if "device" in made else UNKNOWN
@@ -225,7 +229,7 @@ def _training(run: Run) -> str:
         ),
         (
             "images",
-            f"long side at most {data.scale[0]}, short side {short[0]} to {short[1]} pixels"
+            f"long side at most {data.scale[0]}, short side at most {short} pixels"
             if data.keep_ratio
             else f"stretched to {data.scale[0]} x {data.scale[1]} pixels",
         ),
@@ -271,7 +275,7 @@ def _limits(run: Run, measured: Measured | None) -> str:
     return "\n".join(f"* {line}" for line in lines)
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """A table in Markdown."""
     cells = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(c.replace("|", r"\|") for c in row) + " |" for row in cells)

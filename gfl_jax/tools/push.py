@@ -159,7 +159,7 @@ def measure(run: Run, command: PushCommand) -> Measured | None:
         return _said_by_training(run)
     indices = range(len(split.image_ids))
     truth, _ = annotations_of(split, split.image_ids.tolist())
-    same = run.about.get("data", {}).get("val") == key_of(split)
+    same = run.about.get("data", {}).get("val") in (None, key_of(split))
     found = None
     if command.results:
         stored(command.results, split, indices)  # checks them
@@ -172,11 +172,7 @@ def measure(run: Run, command: PushCommand) -> Measured | None:
         results = [row for image_id, result in rows for row in result.to_coco(image_id)]
         numbers, how = numbers_of(truth, results), "detections computed for this card"
     by = intervals(matched(truth, results), len(indices), command.resamples, command.seed)
-    other = (
-        ""
-        if same or "data" not in run.about
-        else (" These are not the images that the training was evaluated on.")
-    )
+    other = "" if same else (" These are not the images that the training was evaluated on.")
     note = (
         f"On {len(indices)} validation images, {how}.{other} The interval is a bootstrap over the "
         f"images ({command.resamples} draws): it says how much other images like these would "
@@ -191,8 +187,6 @@ def _of_training(run: Run, truth: dict[str, Any]) -> tuple[Numbers, list[dict[st
     folder = as_path(run.folder).parent
     file, ap = folder / "results.json", run.about.get("AP")
     if ap is None or not file.exists():
-        return None
-    if not any(e["step"] == run.step and e["kind"] == "val" for e in read_metrics(folder)[-1:]):
         return None
     results = json.loads(file.read_text())
     numbers = numbers_of(truth, results)

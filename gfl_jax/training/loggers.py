@@ -9,7 +9,7 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -131,7 +131,7 @@ class WandB(Logger):
         self._run.log({name: self._wandb.Image(image)}, step=step)
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
-        self._run.log({name: self._wandb.Histogram(values)}, step=step)
+        self._run.log({name: self._wandb.Histogram(values.tolist())}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -204,7 +204,12 @@ class Trackio(Logger):
         self._trackio.finish()
 
 
-KINDS = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
+KINDS: dict[str, Callable[..., Logger]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+    "trackio": Trackio,
+}
 
 
 class Loggers:
@@ -236,7 +241,7 @@ class Loggers:
                 self._open[name] = KINDS[name](workdir, start, run_id, about)
 
     @contextlib.contextmanager
-    def _guarded(self, name: str) -> Any:
+    def _guarded(self, name: str) -> Iterator[None]:
         try:
             yield
         except WriteError:
@@ -244,7 +249,7 @@ class Loggers:
         except Exception as error:  # whatever a library raises
             self._open.pop(name, None)
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            print(f"warning: nothing is logged to {name} from here on: {reason}")
+            print(f"warning: nothing is logged to {name} from here on: {reason[:300]}")
 
     def tell(self, what: str, *arguments: Any) -> None:
         """Calls the method of this name of each; see `Logger`.

@@ -105,7 +105,7 @@ class Pictures:
         image = images.decode(record["image"], size, record["filename"])
         image, scale = images.resize_keep_ratio(image, LONG_SIDE, LONG_SIDE)
         shown = scores >= LEAST_SCORE
-        boxes, labels = boxes[shown] * np.tile(scale, 2), labels[shown].tolist()
-        names = [self._split.category_names[label] for label in labels]
+        boxes, classes = boxes[shown] * np.tile(scale, 2), labels[shown].tolist()
+        names = [self._split.category_names[label] for label in classes]
         texts = [f"{n} {score:.2f}" for n, score in zip(names, scores[shown], strict=True)]
-        return draw_boxes(image, boxes, labels, texts)
+        return draw_boxes(image, boxes, classes, texts)
