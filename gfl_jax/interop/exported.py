@@ -96,16 +96,14 @@ def from_hub(name: str) -> epath.Path:
         MissingFileError: there is no such model, or no connection.
     """
     with needs("hub"):
-        import huggingface_hub
+        from huggingface_hub import errors, snapshot_download
     repo, _, revision = name.partition("@")
     try:
-        folder = huggingface_hub.snapshot_download(
+        folder = snapshot_download(
             repo, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS]
         )
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise MissingFileError(
-            f"hf://{name} cannot be had from the hub: {_first_line(error)}"
-        ) from error
+    except (OSError, ValueError, errors.HfHubHTTPError) as error:
+        raise MissingFileError(f"hf://{name} cannot be had from the hub: {_said(error)}") from error
     return as_path(folder)
 
 
@@ -118,12 +116,13 @@ def check_hub(name: str) -> None:
         SetupError: this machine is not logged in.
     """
     with needs("hub"):
-        import huggingface_hub
+        from huggingface_hub import errors, get_token
+        from huggingface_hub.utils import validate_repo_id
     try:
-        huggingface_hub.utils.validate_repo_id(name)
-    except huggingface_hub.errors.HFValidationError as error:
-        raise UsageError(f"{name} is no name for the hub: {_first_line(error)}") from error
-    if huggingface_hub.get_token() is None:
+        validate_repo_id(name)
+    except errors.HFValidationError as error:
+        raise UsageError(f"{name} is no name for the hub: {_said(error)}") from error
+    if get_token() is None:
         raise SetupError(
             "no token for the Hugging Face hub: run `hf auth login`, or set HF_TOKEN to one that "
             "may write (https://huggingface.co/settings/tokens)"
@@ -148,22 +147,22 @@ def to_hub(folder: epath.Path, name: str, *, private: bool, update: bool, messag
         SetupError: there is no connection, or the hub refuses it.
     """
     with needs("hub"):
-        import httpx
-        import huggingface_hub
-    api = huggingface_hub.HfApi()
+        from huggingface_hub import HfApi, errors
+    api = HfApi()
     try:
         url = api.create_repo(name, private=private, exist_ok=update)
         api.upload_folder(repo_id=name, folder_path=str(folder), commit_message=message)
-    except (OSError, ValueError, httpx.HTTPError, huggingface_hub.errors.HfHubHTTPError) as error:
+    except (OSError, ValueError, errors.HTTPError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status == 409:
             raise InputError(
                 f"the model {name} exists on the hub already: --update adds a commit to it"
             ) from error
-        said = getattr(error, "server_message", None) or _first_line(error)
-        raise SetupError(f"{name} could not be pushed to {api.endpoint}: {said}") from error
+        raise SetupError(f"{name} could not be pushed to {api.endpoint}: {_said(error)}") from error
     return str(url)
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+def _said(error: Exception) -> str:
+    """What the hub says, or the first line of an error."""
+    message = getattr(error, "server_message", None) or str(error)
+    return next(iter(message.strip().splitlines()), "") or type(error).__name__

@@ -98,7 +98,8 @@ def main(arguments: list[str]) -> None:
             update=command.update,
             message=message,
         )
-    seen = "everybody can see it" if command.public else "private unless it was public before"
+    seen = "public" if command.public else "private"
+    seen = "as visible as it was, if it was there" if command.update else seen
     print(f'{url} ({seen}): gfl_jax.load("{location}"); read its model card')
 
 
