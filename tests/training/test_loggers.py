@@ -334,6 +334,7 @@ def test_a_run_tells_its_numbers_pictures_and_data(linear_network, splits, tmp_p
     assert calls[-1] == ("close",)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_a_service_that_fails(
     linear_network, splits, tmp_path, monkeypatch, capsys
 ):
@@ -344,6 +345,7 @@ def test_a_run_goes_on_without_a_service_that_fails(
     assert capsys.readouterr().out.count("nothing is logged to wandb") == 1
 
 
+@pytest.mark.slow
 def test_pictures_are_off_unless_asked_for(linear_network, splits, tmp_path, monkeypatch):
     followed(linear_network, splits, tmp_path, Log(to=("wandb",)), monkeypatch)
     assert {call[0] for call in Recorder.told} == {"open", "scalars", "close"}
