@@ -27,6 +27,10 @@ COMMANDS = {
         "two detectors on the same images: more than chance, and where do they differ?",
     ),
     "export": ("gfl_jax.tools.export:main", "write a trained detector to copy and share"),
+    "push": (
+        "gfl_jax.tools.push:main",
+        "upload a trained detector to the Hugging Face hub, with a model card",
+    ),
     "calibrate": (
         "gfl_jax.tools.calibrate:main",
         "do intervals of box sides hold what they promise? correct them",

@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import ImageOps
 
@@ -20,13 +19,12 @@ from gfl_jax.data import images, sixteen_bits
 from gfl_jax.data.batch import Batch, Sample, pad
 from gfl_jax.data.sources import Data
 from gfl_jax.detectors.dense import Detector
-from gfl_jax.detectors.inference import Detections, kept_by_nms, pick
-from gfl_jax.detectors.matching import frame_of
+from gfl_jax.detectors.inference import Detections
 from gfl_jax.detectors.sides import Sides, sharpened
+from gfl_jax.detectors.with_sides import detections_with_sides
 from gfl_jax.errors import InputError, MissingFileError
 from gfl_jax.models.network import Network, Variables
 from gfl_jax.paths import as_path
-from gfl_jax.priors import flatten
 from gfl_jax.results import Result, Unreadable
 
 Picture = "str | os.PathLike[str] | np.ndarray | PIL.Image.Image"
@@ -272,21 +270,8 @@ def _predict(
 def _predict_with_sides(
     network: Network, detector: Detector, variables: Variables, batch: Batch
 ) -> tuple[Detections, Sides]:
-    """The same detections, and their sides in pixels of the images; padding has any sides."""
     outputs, _ = network.apply(variables, batch.images, batch.sizes, train=False)
-    priors, scales = detector.priors_of(outputs), jnp.tile(batch.scales, 2)
-    boxes, scores, labels, index = detector.candidates(outputs, batch.sizes)
-    boxes /= scales[:, None]
-    raw = flatten(outputs.box_logits, priors.per_cell)
-
-    def one_image(boxes, scores, labels, index, raw, scale):
-        kept = kept_by_nms(boxes, scores, labels, detector.inference)
-        frame = jax.tree.map(lambda x: x[index[kept]], frame_of(priors))
-        found = detector.box.sides(raw[index[kept]], frame)
-        positions = found.positions * (frame.strides[:, None] / scale)[..., None]
-        return pick(kept, boxes, scores, labels), Sides(positions, found.probabilities)
-
-    return jax.vmap(one_image)(boxes, scores, labels, index, raw, scales)
+    return detections_with_sides(detector, outputs, batch.sizes, batch.scales)
 
 
 def _is_one(pictures: Any) -> bool:

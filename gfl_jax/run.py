@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,7 @@ class Run:
         network: the model with outputs for these classes.
         variables: the weights, on the host; their moving average if training kept one.
         temperature: that the distributions of sides are corrected by, see `gfl-jax calibrate`.
+        about: what else is stored with the weights: AP, keys of the data, versions.
     """
 
     folder: PathLike
@@ -53,6 +54,7 @@ class Run:
     network: Network
     variables: Variables
     temperature: float = 1.0
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         classes = ", ".join(self.category_names[:8])
@@ -101,7 +103,7 @@ def load(path: PathLike, classes: Sequence[str] = ()) -> Run:
         experiment, ids, names, network = _described(about, folder)
         weights = read_weights(folder, network)
         step, temperature = int(about.get("step", 0)), float(about.get("temperature", 1.0))
-        return Run(folder, step, experiment, ids, names, network, weights, temperature)
+        return Run(folder, step, experiment, ids, names, network, weights, temperature, about)
     if is_stablehlo(folder):
         raise InputError(
             f"{folder} holds compiled programs, not a detector to train or evaluate: call "
@@ -136,7 +138,9 @@ def _of_checkpoints(checkpoints: Checkpoints) -> Run:
     files = [place / CALIBRATION for place in (checkpoints.folder, checkpoints.folder.parent)]
     file = next((file for file in files if file.exists()), None)
     step, temperature = checkpoints.step, _temperature(file, checkpoints.step) if file else 1.0
-    return Run(checkpoints.folder, step, experiment, ids, names, network, weights, temperature)
+    return Run(
+        checkpoints.folder, step, experiment, ids, names, network, weights, temperature, about
+    )
 
 
 def _temperature(file: epath.Path, step: int) -> float:
@@ -196,6 +200,12 @@ def describe(
         "category_ids": list(category_ids),
         "category_names": list(category_names),
     }
+
+
+def exported_about(run: Run) -> dict[str, Any]:
+    """What `config.json` of an exported detector says."""
+    described = describe(run.experiment, run.category_ids, run.category_names)
+    return {**run.about, **described, "step": run.step, "temperature": run.temperature}
 
 
 def experiment_of(about: dict[str, Any]) -> Experiment:

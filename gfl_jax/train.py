@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from gfl_jax import __version__
 from gfl_jax.cli import load_experiment, parse_command, positional, run_name
 from gfl_jax.config import Experiment
 from gfl_jax.data.sources import open_split
@@ -72,6 +73,7 @@ def main(arguments: list[str]) -> None:
         return initial_weights(experiment, network, train_split.category_names)
 
     # ------------------------------------------------------------------ steps and evaluations
+    about = describe(experiment, val_split.category_ids, val_split.category_names)
     fit(
         network,
         experiment.detector,
@@ -82,7 +84,7 @@ def main(arguments: list[str]) -> None:
         devices=devices,
         workdir=workdir,
         initial=initial,
-        about=describe(experiment, val_split.category_ids, val_split.category_names),
+        about=about | {"gfl_jax": __version__},
     )
 
     # ------------------------------------------------------------------ pictures

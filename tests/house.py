@@ -72,6 +72,7 @@ NOT_OPENED = {
     "gfl_jax.detectors.custom": "losses from a user's file",
     "gfl_jax.detectors.dirac": "the boxes of the other detectors",
     "gfl_jax.detectors.sides": "what the distribution of a side says, to draw and measure it",
+    "gfl_jax.detectors.with_sides": "the same, of detections",
     "gfl_jax.drawing": "boxes on pictures",
     "gfl_jax.formats": "what earlier versions stored",
     "gfl_jax.interop": "weights of PyTorch files",
@@ -82,7 +83,10 @@ NOT_OPENED = {
     "gfl_jax.systems": "the other detectors",
     "gfl_jax.terminal": "errors and signals of commands",
     "gfl_jax.training.instruments": "goodput, profiles, kept programs",
+    "gfl_jax.training.loggers": "curves and pictures on other people's services",
     "gfl_jax.training.lock": "one run at a time in a work directory",
+    "gfl_jax.training.pictures": "curves and pictures on other people's services",
+    "gfl_jax.training.provenance": "what a run is made with",
     "gfl_jax.training.start": "what is checked and said before the first step",
     "gfl_jax.visualize": "pictures",
 }

@@ -13,6 +13,7 @@ from gfl_jax.__main__ import COMMANDS, main
 from gfl_jax.cli import _kinds
 from gfl_jax.evaluate import EvalCommand
 from gfl_jax.tools.preflight.command import PreflightCommand
+from gfl_jax.tools.push import PushCommand
 from gfl_jax.tools.report.command import ReportCommand
 from gfl_jax.tools.report.compare import CompareCommand
 from gfl_jax.train import TrainCommand
@@ -29,7 +30,14 @@ def kinds_below(kind, known=()):
     return found
 
 
-COMMAND_CLASSES = (TrainCommand, EvalCommand, PreflightCommand, ReportCommand, CompareCommand)
+COMMAND_CLASSES = (
+    TrainCommand,
+    EvalCommand,
+    PreflightCommand,
+    ReportCommand,
+    CompareCommand,
+    PushCommand,
+)
 KINDS = list(dict.fromkeys(kind for command in COMMAND_CLASSES for kind in kinds_below(command)))
 
 

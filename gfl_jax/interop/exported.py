@@ -12,7 +12,7 @@ import safetensors.numpy
 from etils import epath
 
 from gfl_jax.detectors.dense import Detector
-from gfl_jax.errors import InputError, MissingFileError, needs
+from gfl_jax.errors import InputError, MissingFileError, SetupError, UsageError, needs
 from gfl_jax.interop.detector_file import state_dict
 from gfl_jax.interop.names import load_state_dict
 from gfl_jax.models.network import Network, Variables
@@ -96,13 +96,73 @@ def from_hub(name: str) -> epath.Path:
         MissingFileError: there is no such model, or no connection.
     """
     with needs("hub"):
-        import huggingface_hub
+        from huggingface_hub import errors, snapshot_download
     repo, _, revision = name.partition("@")
     try:
-        folder = huggingface_hub.snapshot_download(
+        folder = snapshot_download(
             repo, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS]
         )
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MissingFileError(f"hf://{name} cannot be had from the hub: {reason}") from error
+    except (OSError, ValueError, errors.HfHubHTTPError) as error:
+        raise MissingFileError(f"hf://{name} cannot be had from the hub: {_said(error)}") from error
     return as_path(folder)
+
+
+def check_hub(name: str) -> None:
+    """Checks what can be checked before anything is sent to `owner/name` of the hub.
+
+    Raises:
+        MissingExtraError: huggingface-hub is not installed.
+        UsageError: this can be no name there.
+        SetupError: this machine is not logged in.
+    """
+    with needs("hub"):
+        from huggingface_hub import errors, get_token
+        from huggingface_hub.utils import validate_repo_id
+    try:
+        validate_repo_id(name)
+    except errors.HFValidationError as error:
+        raise UsageError(f"{name} is no name for the hub: {_said(error)}") from error
+    if get_token() is None:
+        raise SetupError(
+            "no token for the Hugging Face hub: run `hf auth login`, or set HF_TOKEN to one that "
+            "may write (https://huggingface.co/settings/tokens)"
+        )
+
+
+def to_hub(folder: epath.Path, name: str, *, private: bool, update: bool, message: str) -> str:
+    """Uploads a folder as the model `owner/name` of the hub.
+
+    Args:
+        folder: what to upload.
+        name: of the model.
+        private: whether a new model can be seen by its owner alone.
+        update: whether it may exist already: it then gets a new commit.
+        message: of the commit.
+
+    Returns:
+        Where it is, for a browser.
+
+    Raises:
+        InputError: it exists already.
+        SetupError: there is no connection, or the hub refuses it.
+    """
+    with needs("hub"):
+        from huggingface_hub import HfApi, errors
+    api = HfApi()
+    try:
+        url = api.create_repo(name, private=private, exist_ok=update)
+        api.upload_folder(repo_id=name, folder_path=str(folder), commit_message=message)
+    except (OSError, ValueError, errors.HTTPError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status == 409:
+            raise InputError(
+                f"the model {name} exists on the hub already: --update adds a commit to it"
+            ) from error
+        raise SetupError(f"{name} could not be pushed to {api.endpoint}: {_said(error)}") from error
+    return str(url)
+
+
+def _said(error: Exception) -> str:
+    """What the hub says, or the first line of an error."""
+    message = getattr(error, "server_message", None) or str(error)
+    return next(iter(message.strip().splitlines()), "") or type(error).__name__

@@ -14,7 +14,7 @@ from gfl_jax.interop.exported import is_exported, write_exported
 from gfl_jax.interop.programs import INPUTS, OUTPUTS, Output
 from gfl_jax.interop.stablehlo import is_stablehlo, stamp, write_stablehlo
 from gfl_jax.paths import as_path, local_path, write, writing
-from gfl_jax.run import Run, describe, load
+from gfl_jax.run import Run, exported_about, load
 
 Format = Literal["safetensors", "mmdet", "stablehlo", "onnx"]
 
@@ -68,8 +68,7 @@ def main(
 
 
 def _safetensors(folder: Any, run: Run, canvases: Any, output: Output) -> None:
-    about = describe(run.experiment, run.category_ids, run.category_names)
-    about |= {"step": run.step, "temperature": run.temperature}
+    about = exported_about(run)
     write_exported(folder, about, run.network, run.variables, run.experiment.detector)
     print(f'{folder} written: gfl_jax.load("{folder}") or gfl-jax predict --weights {folder} ...')
 

@@ -19,7 +19,7 @@ from gfl_jax.paths import PathLike, as_path, write
 from gfl_jax.training.checkpoint import Checkpoints
 from gfl_jax.training.instruments import Clock
 from gfl_jax.training.metrics import MetricsLog
-from gfl_jax.training.step import TrainState
+from gfl_jax.training.step import Train, TrainState
 
 
 class NonFiniteLossError(UserError, FloatingPointError):
@@ -31,6 +31,7 @@ class Logbook:
 
     Attributes:
         folder: of the newest checkpoints.
+        metrics: what is logged.
         start: step of the newest checkpoint; 0 if there is none.
         before: what that checkpoint says about itself; empty if there is none.
         evaluated: whether the metrics end with an evaluation of that step as it would be now.
@@ -42,7 +43,7 @@ class Logbook:
         devices: Pmap | ShardMap,
         about: Mapping[str, Any],
         clock: Clock,
-        log_every: int,
+        train: Train,
     ):
         """Opens or creates the work directory.
 
@@ -51,13 +52,13 @@ class Logbook:
             devices: the device mapping.
             about: stored in every checkpoint.
             clock: measures the run.
-            log_every: steps between metrics entries.
+            train: how often to log, and to whom.
 
         Raises:
             InputError: processes see different checkpoints.
         """
         self._workdir, self._devices, self._about = as_path(workdir), devices, about
-        self._clock, self._every = clock, log_every
+        self._clock, self._every = clock, train.log_every
         self._newest = Checkpoints(self._workdir / "checkpoints", keep=2, writes=True)
         self._best = Checkpoints(self._workdir / "best", writes=True)
         self.folder, step = self._newest.folder, self._newest.step
@@ -66,9 +67,9 @@ class Logbook:
             f"the step of the newest checkpoint in {self.folder} (-1: none)",
         )
         self.start = step or 0
-        self._log = MetricsLog(workdir, self.start, writes=is_first())
+        self.metrics = MetricsLog(workdir, self.start, about, train.log, writes=is_first())
         self.before = {} if step is None else self._newest.about()
-        last = self._log.last("val")
+        last = self.metrics.last("val")
         same = all(last.get(word) in (None, now) for word, now in about["evaluation"].items())
         self.evaluated = bool(devices.from_first(same and last.get("step") == self.start))
         best = {} if self._best.step is None else self._best.about()
@@ -131,8 +132,7 @@ class Logbook:
         """
         if self._waiting is None:
             return
-        step, host, scalars, per_image = self._waiting
-        self._waiting = None
+        (step, host, scalars, per_image), self._waiting = self._waiting, None
         with self._clock("steps"):
             values = self._devices.fetch_replicated(scalars)
         if not np.isfinite(list(values.values())).all():
@@ -145,7 +145,7 @@ class Logbook:
             waited = self._clock.seconds["waiting for input"] - self._waited
             self._restart()
             speed = {"images_per_second": rate, "seconds_waiting": waited}
-            self._log.write("train", step + 1, values | speed)
+            self.metrics.write("train", step + 1, values | speed)
             self._progress.set_postfix_str(
                 f"loss {values['loss']:.3f}, lr {values['lr']:.2g}, {rate:.1f} images/s"
             )
@@ -165,7 +165,7 @@ class Logbook:
         self.settle()
         with self._clock("saving"):
             copy = self._finite_copy(step, state)
-            self._log.flush()  # a kill loses no entry from before a checkpoint
+            self.metrics.flush()  # a kill loses no entry from before a checkpoint
             self._newest.save(step, copy.items(), self._about)
             if wait:
                 self._newest.wait()
@@ -202,15 +202,15 @@ class Logbook:
                     self._best_counts = True
                 self._best.save(step, items, {**self._about, "AP": ap})
                 self._best.wait()  # a logged evaluation is not repeated after a kill
-        self._log.write("val", step, evaluation.metrics, **self._about["evaluation"])
-        self._log.flush()
+        self.metrics.write("val", step, evaluation.metrics, **self._about["evaluation"])
+        self.metrics.flush()
         self._restart()
 
     def close(self) -> None:
         """Waits until everything is written."""
         self._progress.close()
         with self._clock("saving"), self._newest, self._best:
-            self._log.close()
+            self.metrics.close()
 
     def __enter__(self) -> "Logbook":
         """For `with`: pending writes are finished when it ends."""

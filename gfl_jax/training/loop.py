@@ -19,6 +19,8 @@ from gfl_jax.training.evaluator import Evaluator
 from gfl_jax.training.instruments import Clock, Profiler, keep_compiled
 from gfl_jax.training.lock import held
 from gfl_jax.training.logbook import Logbook
+from gfl_jax.training.pictures import Pictures
+from gfl_jax.training.provenance import made_with
 from gfl_jax.training.start import (
     announce,
     check,
@@ -66,7 +68,8 @@ def fit(
         devices: the device mapping.
         workdir: the work directory, local or `gs://...`.
         initial: makes the initial weights of a new run.
-        about: stored in every checkpoint, with keys of the data and the steps of an epoch.
+        about: stored in every checkpoint, with keys of the data, the steps of an epoch and
+            what the run is made with.
 
     Raises:
         Preempted: SIGTERM or Ctrl-C arrived; the state is saved.
@@ -86,6 +89,7 @@ def fit(
     keys = {"train": key_of(train_split), "val": key_of(val_split)}
     evaluation = {"data": keys["val"], "settings": evaluation_settings(network, detector, data)}
     about = {**about, "data": keys, "evaluation": evaluation, "steps_per_epoch": per_epoch}
+    about["made_with"] = made_with(devices, train_split, val_split)
     with contextlib.ExitStack() as stack:
         stack.enter_context(held(workdir, devices))
 
@@ -104,9 +108,10 @@ def fit(
         )
         evaluate = Evaluator(network, detector, data, devices, val_split, train.eval_batch)
         stack.callback(evaluate.close)
+        shown = Pictures(network, detector, data, devices, val_split, train.log.pictures)
 
         # ------------------------------------------------------------------ where it left off
-        log = stack.enter_context(Logbook(workdir, devices, about, clock, train.log_every))
+        log = stack.enter_context(Logbook(workdir, devices, about, clock, train))
         start, last = log.start, max(log.start, total)
         check_resumed(log.before, about, start, log.evaluated)
         restored = log.restore(abstract_state(network, train))
@@ -133,6 +138,7 @@ def fit(
                 with clock("evaluating"):
                     asked = functools.partial(save_and_stop_if_asked, step, state)
                     log.evaluation(step, state, *evaluate(state.evaluated(), asked))
+                    log.metrics.show(step, shown(state.evaluated()))
             if step == last:
                 break
             save_and_stop_if_asked(step, state)

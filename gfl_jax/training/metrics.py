@@ -1,17 +1,15 @@
-"""What a run logs: JSON lines for programs, TensorBoard events for people."""
+"""What a run logs: JSON lines for programs, and what people follow it with."""
 
-import contextlib
 import json
 import math
-import socket
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
-
-from gfl_jax.errors import MissingExtraError, needs
-from gfl_jax.paths import PathLike, as_path, is_remote, write, writing
+from gfl_jax.paths import PathLike, as_path, write
+from gfl_jax.training.loggers import Log, Loggers
+from gfl_jax.training.pictures import Seen
+from gfl_jax.training.provenance import record
 
 FILE = "metrics.jsonl"
 
@@ -47,12 +45,22 @@ class MetricsLog:
         entries: all those of the run, in order.
     """
 
-    def __init__(self, workdir: PathLike, start: int, *, writes: bool = True):
+    def __init__(
+        self,
+        workdir: PathLike,
+        start: int,
+        about: Mapping[str, Any] | None = None,
+        log: Log | None = None,
+        *,
+        writes: bool = True,
+    ):
         """Continues the log of a run at step `start`: entries of later steps are dropped.
 
         Args:
             workdir: where the file and the folder `tensorboard` are.
             start: steps taken.
+            about: what is recorded about the run.
+            log: who else is told; None: TensorBoard.
             writes: False for a process that only keeps the entries in memory.
         """
         self._workdir, self._writes = as_path(workdir), writes
@@ -60,7 +68,10 @@ class MetricsLog:
         if writes:
             self._workdir.mkdir(parents=True, exist_ok=True)
             self._lines = [json.dumps(entry) + "\n" for entry in self.entries]
-            self._events = _open_events(self._workdir / "tensorboard", start)
+            about = about or {}
+            run_id = record(self._workdir, about)
+            names = (log or Log()).to
+            self._loggers = Loggers(names, self._workdir, start, run_id, about)
             self.flush()
 
     def write(self, kind: str, step: int, values: Mapping[str, float], **words: str) -> None:
@@ -75,12 +86,23 @@ class MetricsLog:
         if not self._writes:
             return
         self._lines.append(json.dumps(entry) + "\n")
-        if self._events:
-            self._events.add(
-                step, {f"{kind}/{k}": value for k, value in values.items() if math.isfinite(value)}
-            )
+        finite = {f"{kind}/{k}": value for k, value in numbers.items() if math.isfinite(value)}
+        self._loggers.tell("scalars", step, finite)
         if time.perf_counter() >= self._next:
             self.flush()
+
+    def show(self, step: int, seen: Seen | None) -> None:
+        """Shows what is seen on a few images to those who follow the run.
+
+        Raises:
+            WriteError: TensorBoard's file could not be written.
+        """
+        if not self._writes or seen is None:
+            return
+        for image_id, picture in seen.pictures.items():
+            self._loggers.tell("image", step, f"predictions/{image_id}", picture)
+        if len(seen.spread):
+            self._loggers.tell("histogram", step, "spread of sides in pixels", seen.spread)
 
     def flush(self) -> None:
         """Writes the file now: before a checkpoint, and after what must not be repeated.
@@ -92,8 +114,7 @@ class MetricsLog:
             return
         began = time.perf_counter()
         write(self._workdir / FILE, "".join(self._lines))
-        if self._events:
-            self._events.flush()
+        self._loggers.tell("flush")
         ended = time.perf_counter()
         self._next = ended + min((ended - began) / SHARE, LONGEST)
 
@@ -106,57 +127,5 @@ class MetricsLog:
         try:
             self.flush()
         finally:
-            if self._writes and self._events:
-                self._events.close()
-
-
-class _Events:
-    """A file of TensorBoard events, written by this thread.
-
-    tensorboardX's SummaryWriter has a thread, which dies on a full disk without a word to the run.
-    """
-
-    def __init__(self, folder: epath.Path, start: int):
-        """Opens a new file. TensorBoard is told to forget what older ones say after `start`."""
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.record_writer import RecordWriter
-        from tensorboardX.summary import scalar
-
-        self._event, self._scalar = Event, scalar
-        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
-        self._path = folder / name
-        with writing(self._path):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = RecordWriter(str(self._path))
-        self._write(file_version="brain.Event:2")
-        self._write(step=start + 1, session_log=SessionLog(status=SessionLog.START))
-
-    def _write(self, **fields: Any) -> None:
-        with writing(self._path):
-            self._file.write(self._event(wall_time=time.time(), **fields).SerializeToString())
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._write(step=step, summary=self._scalar(name, value))
-
-    def flush(self) -> None:
-        with writing(self._path):
-            self._file.flush()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # flush has said it
-            self._file.close()
-
-
-def _open_events(folder: epath.Path, start: int) -> _Events | None:
-    """The TensorBoard events of a run from step `start`; None after printing why there are none."""
-    try:
-        with needs("tensorboard"):
-            import tensorboardX  # noqa: F401
-        if is_remote(folder):
-            with needs("gcs"):
-                import google.cloud.storage  # noqa: F401  # what tensorboardX writes to gs:// with
-    except MissingExtraError as error:
-        print(f"no TensorBoard events: {error}")
-        return None
-    return _Events(folder, start)
+            if self._writes:
+                self._loggers.tell("close")

@@ -17,6 +17,7 @@ from gfl_jax.distributed import AXIS
 from gfl_jax.errors import InputError
 from gfl_jax.models.heads import Outputs
 from gfl_jax.models.network import Arrays, Network, Variables
+from gfl_jax.training.loggers import Log
 
 Scalars = dict[str, Float[Array, ""]]
 PerImage = dict[str, Float[Array, " b"]]
@@ -50,6 +51,7 @@ class Train:
         eval_every: epochs between evaluations; 0: only after the last.
         checkpoint_every: steps between checkpoints; 0: one after each epoch.
         log_every: steps between metrics entries.
+        log: where these and pictures go.
         profile: FIRST:LAST, such as 20:25: steps (counted from 0, LAST not included) that
             jax.profiler traces to the folder `profile` of the work directory; empty: none.
         seed: seed of initial weights, batches and augmentation.
@@ -74,6 +76,7 @@ class Train:
     eval_every: int = 1
     checkpoint_every: int = 0
     log_every: int = 10
+    log: Log = Log()
     profile: str = ""
     seed: int = 0
 

@@ -136,7 +136,7 @@ def test_without_tensorboard_the_numbers_are_still_kept(tmp_path, monkeypatch, c
 def test_events_that_cannot_be_written_end_the_run_with_their_file(tmp_path, monkeypatch):
     log = MetricsLog(tmp_path, 0)
     full = RecordWriter("/dev/full")
-    monkeypatch.setattr(log._events, "_file", full)
+    monkeypatch.setattr(log._loggers._open["tensorboard"], "_file", full)
     for step in range(20):
         with pytest.raises(WriteError, match=r"tensorboard/events.*: No space left on device"):
             log.write("train", step, {"loss": 1.0})

@@ -1,5 +1,6 @@
 """How much an AP varies if the images are drawn again."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,16 +133,43 @@ def differences(
         seed: of these draws.
     """
 
-    def difference(weights: np.ndarray) -> list[float]:
-        by = average_precisions(second, weights) - average_precisions(first, weights)
+    def difference(weights: np.ndarray) -> np.ndarray:
+        return average_precisions(second, weights) - average_precisions(first, weights)
+
+    found = _bootstrap(difference, images, resamples, seed)
+    return {name: Difference(*entry) for name, entry in found.items()}
+
+
+def intervals(
+    classes: list[Matched], images: int, resamples: int, seed: int = 0
+) -> dict[str, tuple[float, float, float]]:
+    """AP, AP50 and AP75 of one detector, each with both ends of its interval of `CONFIDENCE`.
+
+    Args:
+        classes: what `matched` says of it.
+        images: how many there are.
+        resamples: how often they are drawn again.
+        seed: of these draws.
+    """
+    return _bootstrap(lambda weights: average_precisions(classes, weights), images, resamples, seed)
+
+
+def _bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], images: int, resamples: int, seed: int
+) -> dict[str, tuple[float, float, float]]:
+    """A statistic at ten IoUs as AP, AP50 and AP75: its value and its percentile interval."""
+
+    def three(weights: np.ndarray) -> list[float]:
+        by = statistic(weights)
         return [by.mean(), by[0], by[5]]
 
     rng, values = np.random.default_rng(seed), []
     for _ in tqdm(range(resamples), desc="bootstrap", unit=" draws", leave=False):
         drawn = rng.integers(images, size=images)
-        values.append(difference(np.bincount(drawn, minlength=images)))
+        values.append(three(np.bincount(drawn, minlength=images)))
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(values, [tail, 100 - tail], axis=0)
-    columns = zip(difference(np.ones(images, int)), low, high, strict=True)
-    entries = (Difference(*map(float, column)) for column in columns)
-    return dict(zip(("AP", "AP50", "AP75"), entries, strict=True))
+    columns = np.stack([three(np.ones(images, int)), low, high], 1).tolist()
+    return {
+        name: (v, a, b) for name, (v, a, b) in zip(("AP", "AP50", "AP75"), columns, strict=True)
+    }

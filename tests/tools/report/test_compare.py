@@ -6,7 +6,7 @@ from made_up import made_up
 
 pytest.importorskip("hotcoco")
 
-from gfl_jax.tools.report.bootstrap import average_precisions, differences, matched
+from gfl_jax.tools.report.bootstrap import average_precisions, differences, intervals, matched
 from gfl_jax.tools.report.numbers import numbers_of
 
 
@@ -90,6 +90,17 @@ def test_the_same_seed_gives_the_same_interval():
     one, same, other = (by(truth, first, second, 50, seed)["AP"] for seed in (1, 1, 2))
     assert one == same
     assert one.low != other.low
+
+
+def test_the_interval_of_an_ap_is_that_of_its_difference_from_none():
+    truth, results = made_up(3, images=30)
+    images = len(truth["images"])
+    alone = intervals(matched(truth, results), images, 50, seed=3)
+    nothing = matched(truth, results[:0])
+    assert alone == differences(nothing, matched(truth, results), images, 50, seed=3)
+    value, low, high = alone["AP"]
+    assert value == pytest.approx(numbers_of(truth, results).metrics["AP"])
+    assert low < value < high
 
 
 def test_there_may_be_no_detections():
