@@ -171,7 +171,7 @@ def _scale(experiment: Experiment, split: PreparedSplit) -> _Scale:
         return _Scale(data.scale, Suggestion("", said))
     if now >= least and factor > enlarged:  # large enough as it is
         return _Scale(data.scale, Suggestion("", said))
-    new = tuple(int(-(-side * factor // 32) * 32) for side in (longest, shortest))
+    new = _up_to_32(longest * factor), _up_to_32(shortest * factor)
     flag = f"--data.scale {new[0]} {new[1]}"
     change = new[0] * new[1] / (data.scale[0] * data.scale[1])
     cost = f"{change:.1f} times the" if change > 1 else f"{change:.0%} of the"
@@ -179,6 +179,10 @@ def _scale(experiment: Experiment, split: PreparedSplit) -> _Scale:
     if enlarged > 1 > change:
         said += f" (images are enlarged {enlarged:.1f} times without need)"
     return _Scale(new, Suggestion(flag, said))
+
+
+def _up_to_32(side: float) -> int:
+    return int(-(-side // 32) * 32)
 
 
 def _matched(experiment: Experiment, split: PreparedSplit, data: Data) -> Suggestion:
@@ -204,10 +208,12 @@ def positives(experiment: Experiment, split: PreparedSplit, data: Data) -> np.nd
     chosen = usable[np.linspace(0, len(usable) - 1, min(SAMPLE, len(usable))).astype(int)]
     room = max_boxes_of(split)
     programs, counts = {}, []
+    new: tuple[int, int]
     for index in chosen:
         height, width = map(int, split.sizes[index])
         if data.keep_ratio:
-            new = tuple(map(int, resized_size(height, width, *data.scale)))
+            tall, wide = resized_size(height, width, *data.scale)
+            new = int(tall), int(wide)
             canvas = smallest_canvas(canvases_of(data.scale, data.canvases), new) or new
         else:
             new = canvas = (data.scale[1], data.scale[0])

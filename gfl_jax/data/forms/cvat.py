@@ -60,11 +60,9 @@ def _read_image(saying: Saying, file: str, image: ET.Element, images: str) -> No
     subset, stated = image.get("subset", ""), image.get("name", "")
     lists = {subset.lower()} if subset else set()
     folder = posixpath.dirname(file)
-    near = (
-        [images] if images else [posixpath.join(folder, p) for p in (f"images/{subset}", "images")]
-    )
-    near += [] if images else [posixpath.join(folder, subset), folder]
-    name = saying.files.find(stated, [posixpath.normpath(place) for place in near])
+    usual = [posixpath.join(folder, p) for p in (f"images/{subset}", "images", subset, ".")]
+    near = [posixpath.normpath(place) for place in ([images] if images else usual)]
+    name = saying.files.find(stated, near)
     if name is None:
         detail = f"there is no image {stated!r} below {saying.files.folder}, or several"
         saying.problem("missing image file", place, detail, lists)

@@ -104,10 +104,7 @@ def splits_of(
         unused = [name for name in found.lists if name not in (train, val)]
         said = f"train is its list {train!r}, val its list {val!r}"
         said += f"; not used: {', '.join(unused)}" if unused else ""
-        both = {i["file_name"] for i in first["images"]} & {
-            i["file_name"] for i in second["images"]
-        }
-        if both:
+        if both := _names(first) & _names(second):
             said += f"; WARNING: {len(both)} images are in both, such as {min(both)}"
         problems = [p for p in second.get("problems", []) if p not in first.get("problems", [])]
         return {"train": first, "val": second | {"problems": problems}}, said
@@ -147,10 +144,14 @@ def divided(content: Content, share: float) -> dict[str, Content]:
         image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
         return isinstance(image_id, int) and image_id in ids
 
-    annotations = content["annotations"]
+    parts: tuple[list[Any], list[Any]] = [], []
+    for annotation in content["annotations"]:
+        parts[is_of_val(annotation)].append(annotation)
     return {
-        "train": content
-        | {"images": train, "annotations": [a for a in annotations if not is_of_val(a)]},
-        "val": content
-        | {"images": val, "annotations": [a for a in annotations if is_of_val(a)], "problems": []},
+        "train": content | {"images": train, "annotations": parts[0]},
+        "val": content | {"images": val, "annotations": parts[1], "problems": []},
     }
+
+
+def _names(content: Content) -> set[str]:
+    return {str(image.get("file_name")) for image in content["images"] if isinstance(image, dict)}

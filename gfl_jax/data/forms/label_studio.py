@@ -93,7 +93,7 @@ def _read_task(saying: Saying, place: str, task: Any, results: list[Any], images
     sizes = {
         (r.get("original_height"), r.get("original_width")) for r in results if isinstance(r, dict)
     }
-    size = next((s for s in sizes if all(isinstance(x, int) for x in s)), None)
+    size: Any = next((s for s in sizes if all(isinstance(x, int) for x in s)), None)
     image_id = saying.image(name, size, place, ())
     if image_id is None:
         return

@@ -47,6 +47,9 @@ def read(root: Path, files: list[str], images: str = "") -> Found:
         parts = [part.lower() for part in file.split("/")[:-1]]
         lists = {name for name, stems in listed.items() if stem in stems}
         lists |= set() if listed else {part for part in parts if part in LISTS}
+        if listed and not lists:
+            saying.notes["annotation files in none of the lists: left out"] += 1
+            continue
         try:
             _read_file(saying, root / file, file, lists, images)
         except (OSError, ValueError) as error:

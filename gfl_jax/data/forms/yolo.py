@@ -45,7 +45,8 @@ def read(root: Path, files: list[str], images: str = "") -> Found:
     entries = {"": images} if images else {n: stated[n] for n in (*LISTS, "") if stated.get(n)}
     if "valid" in stated and "val" not in entries:
         entries["val"] = stated["valid"]
-    names, places = {}, {}
+    names: dict[str, set[str]] = {}
+    places: dict[str, str] = {}
     for name, entry in entries.items():
         for image, place in _images(saying, file, stated.get("path", ""), name, entry):
             names.setdefault(image, set()).update({name} - {""})
@@ -66,10 +67,10 @@ def read(root: Path, files: list[str], images: str = "") -> Found:
         else:
             saying.notes["images without a label file: taken to show no objects"] += 1
     if names and not labelled:
-        looked = _label_file(next(iter(names)))
+        first = next(iter(names))
         raise InputError(
-            f"{file}: none of its {len(names)} images has a label file; that of {next(iter(names))} "
-            f"would be {looked}, with `images` in its path replaced by `labels`"
+            f"{file}: none of its {len(names)} images has a label file; that of {first} would be "
+            f"{_label_file(first)}: `labels` instead of `images`, .txt at the end"
         )
     _unused(saying, root, names)
     classes = dict(sorted(stated["names"].items()))
@@ -90,13 +91,15 @@ def _yaml(file: Path) -> dict[str, Any]:
         InputError: it is not valid, or does not name the classes.
     """
     try:
-        stated = yaml.load(text_of(file), Loader=yaml.BaseLoader)  # noqa: S506  (makes text only)
+        stated = yaml.load(text_of(file), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     names = stated.get("names") if isinstance(stated, dict) else None
     try:
         pairs = names.items() if isinstance(names, dict) else enumerate(names)  # type: ignore[arg-type]
-        numbered = {int(i): str(name) for i, name in pairs}
+        numbered = {int(i): name for i, name in pairs}
+        if not all(isinstance(name, str) for name in numbered.values()):
+            raise TypeError
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{file}: `names` must be a list of the classes, or their names by number (0: cat)"
@@ -138,7 +141,9 @@ def _images(
     """
     root = saying.files.folder
     for part in entry if isinstance(entry, list) else [entry]:
-        part = str(part).replace("\\", "/")
+        if not isinstance(part, str):
+            raise InputError(f"{file}: `{name}` must be a folder, a text file, or a list of these")
+        part = part.replace("\\", "/")
         shorter = part
         while shorter.startswith("../"):  # as some exporters write what lies beside data.yaml
             shorter = shorter[3:]
@@ -158,13 +163,13 @@ def _images(
         listing = _relative(place, root)
         for number, line in enumerate(text_of(place).splitlines(), start=1):
             if wanted := line.strip():
-                image = saying.files.find(wanted, [posixpath.dirname(listing)])
+                known = saying.files.find(wanted, [posixpath.dirname(listing)])
                 where = f"{listing}, line {number}"
-                if image is None:
+                if known is None:
                     detail = f"there is no image {wanted}, or several of this name"
                     saying.problem("missing image file", where, detail, {name})
                 else:
-                    yield image, where
+                    yield known, where
 
 
 def _relative(path: Path, root: Path) -> str:
