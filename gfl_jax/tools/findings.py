@@ -15,7 +15,6 @@ from gfl_jax.data.pipeline import max_boxes_of
 from gfl_jax.data.plan import train_plan
 from gfl_jax.data.records import PreparedSplit
 from gfl_jax.data.sources import Data
-from gfl_jax.errors import UserError
 
 LISTED = 30
 """Classes that are listed one by one; of more, the most frequent and the rarest."""
@@ -26,7 +25,10 @@ SMALL, LARGE = 32**2, 96**2
 LONGEST = 2048
 """Longest side that is suggested, in pixels."""
 
-FEW_STEPS = 1000
+PLAIN = 32
+"""Side in pixels from which objects are not small to COCO: images need not be enlarged for them."""
+
+FEW_STEPS = 800
 
 SAMPLE = 64
 """Images on which anchors are matched."""
@@ -127,12 +129,12 @@ def suggestions(experiment: Experiment, split: PreparedSplit) -> list[Suggestion
     Args:
         experiment: the config's.
         split: the training images.
+
+    Raises:
+        InputError: none of them can be trained on.
     """
     data, train = experiment.data, experiment.train
-    try:
-        steps = train_plan(data, split, train.batch_size, 0).steps_per_epoch
-    except UserError as error:
-        return [Suggestion("", str(error))]
+    steps = train_plan(data, split, train.batch_size, 0).steps_per_epoch
     scale = _scale(experiment, split)
     scaled = dataclasses.replace(data, scale=scale.scale) if scale.suggestion.flag else data
     return [
@@ -144,12 +146,17 @@ def suggestions(experiment: Experiment, split: PreparedSplit) -> list[Suggestion
 
 
 class _Scale(NamedTuple):
+    """A scale of images, and what is said about it."""
+
     scale: tuple[int, int]
     suggestion: Suggestion
 
 
 def _scale(experiment: Experiment, split: PreparedSplit) -> _Scale:
-    """A scale at which the smallest objects are as large as two cells of the finest level."""
+    """A scale at which the smallest objects are as large as two cells of the finest level.
+
+    A smaller one than the config's if that enlarges images whose objects are not small.
+    """
     data, objects = experiment.data, trained_objects(split)
     least = 2 * min(experiment.detector.priors.strides)
     sizes = split.sizes[objects.image].astype(float)
@@ -165,19 +172,19 @@ def _scale(experiment: Experiment, split: PreparedSplit) -> _Scale:
     said += f"pixels; two cells of the finest level are {least}"
     longest, shortest = np.median(long_side), np.median(short_side)
     enlarged = min(data.scale[0] / longest, data.scale[1] / shortest)
-    factor = max(1.0, least / max(float(np.percentile(sides, 5)), 1e-6))
-    factor = min(factor, 2.0, max(LONGEST / longest, enlarged))
-    if not data.keep_ratio or data.multi_scale or data.canvases or 0.9 < factor / enlarged < 1.1:
-        return _Scale(data.scale, Suggestion("", said))
-    if now >= least and factor > enlarged:  # large enough as it is
+    wanted = least if now < least else PLAIN
+    factor = max(1.0, wanted / max(float(np.percentile(sides, 5)), 1e-6))
+    factor = min(factor, 2.0, max(LONGEST / longest, enlarged)) if now < least else factor
+    useful = factor > 1.1 * enlarged if now < least else factor < 0.9 * enlarged
+    if not useful or not data.keep_ratio or data.multi_scale or data.canvases:
         return _Scale(data.scale, Suggestion("", said))
     new = _up_to_32(longest * factor), _up_to_32(shortest * factor)
     flag = f"--data.scale {new[0]} {new[1]}"
     change = new[0] * new[1] / (data.scale[0] * data.scale[1])
     cost = f"{change:.1f} times the" if change > 1 else f"{change:.0%} of the"
     said += f"; so they are up to {smallest(new):.0f}, with {cost} pixels in a step"
-    if enlarged > 1 > change:
-        said += f" (images are enlarged {enlarged:.1f} times without need)"
+    if change < 1:
+        said += f" (enlarging images {enlarged:.1f} times adds no detail)"
     return _Scale(new, Suggestion(flag, said))
 
 
@@ -195,7 +202,7 @@ def _matched(experiment: Experiment, split: PreparedSplit, data: Data) -> Sugges
     said = (
         f"{name} finds positives for {share:.1%} of {len(counts):,} objects at {data.scale[0]} x "
     )
-    said += f"{data.scale[1]}, {middle:.0f} in the middle"
+    said += f"{data.scale[1]}, {middle:.0f} each (median)"
     if share < 0.99:
         said += "; the others are not learned: they are too small, or others cover them"
     return Suggestion("", said)

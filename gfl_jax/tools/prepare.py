@@ -3,18 +3,21 @@
 gfl-jax prepare SRC DST
 """
 
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 from etils import epath
 
 from gfl_jax.cli import load_experiment
+from gfl_jax.config import Experiment
 from gfl_jax.data.coco_format import OnError, data_error
 from gfl_jax.data.folders import local_folder
 from gfl_jax.data.forms.folder import Form, read_folder, splits_of
 from gfl_jax.data.prepare import RawSplit, prepare, report_of
 from gfl_jax.data.records import open_prepared
 from gfl_jax.data.suspicions import suspicion
+from gfl_jax.errors import InputError
 from gfl_jax.tools.findings import description, suggestions
 from gfl_jax.visualize import ground_truth_sheet
 
@@ -98,15 +101,24 @@ def main(
         picture = folder / f"ground_truth_{name}.png"
         ground_truth_sheet(picture, split)
         print(f"  look at the boxes: {picture}")
-    flags = []
-    if "train" in splits:
-        print(f"\nsuggestions for {config}:")
-        for suggestion in suggestions(experiment, open_prepared(folder, "train")):
-            flags += [suggestion.flag] if suggestion.flag else []
-            print(f"  {suggestion.flag or 'as it is'}: {suggestion.reason}")
     size = sum(file.stat().st_size for file in folder.rglob("*"))
-    print(f"\n{folder}: {size / 1e9:.2f} GB. To train on it:")
-    print(" ".join([f"  gfl-jax train {config} --data.prepared {dst}", *flags]))
+    print(f"\n{folder}: {size / 1e9:.2f} GB, train with --data.prepared {dst}")
+    if "train" in splits:
+        _suggest(config, experiment, folder, dst)
+
+
+def _suggest(config: str, experiment: Experiment, folder: Path, dst: str) -> None:
+    """Prints what follows from the training images for a config, and the command."""
+    try:
+        found = suggestions(experiment, open_prepared(folder, "train"))
+    except InputError as error:
+        print(f"warning: {error}")
+        return
+    print(f"\nsuggestions for {config} (--config names another):")
+    for suggestion in found:
+        print(f"  {suggestion.flag or 'as it is'}: {suggestion.reason}")
+    flags = [suggestion.flag for suggestion in found if suggestion.flag]
+    print(" ".join([f"\n  gfl-jax train {config} --data.prepared {dst}", *flags]))
 
 
 def _named(train: RawSplit, val: RawSplit) -> dict[str, RawSplit]:

@@ -17,7 +17,7 @@ _ROOT = re.compile(rb"<annotations[\s>]")
 def found(root: Path) -> list[str]:
     """The annotation files of this form in a folder, relative to it."""
     files = [file for file in walked(root, (".xml",)) if file.count("/") < 2]
-    return [file for file in files if _is_cvat(root / file)]
+    return [f for f in files if not f.startswith("Annotations/") and _is_cvat(root / f)]
 
 
 def _is_cvat(file: Path) -> bool:
@@ -105,8 +105,11 @@ def _corners(shape: ET.Element) -> list[float] | None:
         x1, y1, x2, y2 = (number(shape, side) for side in ("xtl", "ytl", "xbr", "ybr"))
         return turned((x1, y1, x2, y2), turn, ((x1 + x2) / 2, (y1 + y2) / 2))
     if shape.tag == "polygon":
-        points = [tuple(map(float, p.split(","))) for p in shape.get("points", "").split(";")]
-        return enclosing(points)
+        points = shape.get("points", "")
+        try:
+            return enclosing([(float(x), float(y)) for x, y in _pairs(points)])
+        except ValueError:
+            raise ValueError(f"points is {points[:40]!r}: it must be x,y;x,y;...") from None
     if shape.tag == "ellipse":
         x, y, rx, ry = (number(shape, name) for name in ("cx", "cy", "rx", "ry"))
         return turned((x - rx, y - ry, x + rx, y + ry), turn, (x, y))
@@ -114,3 +117,7 @@ def _corners(shape: ET.Element) -> list[float] | None:
         x, y, w, h = (number(shape, name) for name in ("left", "top", "width", "height"))
         return [x, y, x + w, y + h]
     return None
+
+
+def _pairs(points: str) -> list[list[str]]:
+    return [point.split(",") for point in points.split(";")]

@@ -114,6 +114,11 @@ def splits_of(
             "evaluation with --train-list and --val-list"
         )
     ((name, content),) = found.lists.items()
+    if len(content["images"]) == 1 and not content.get("problems"):
+        raise InputError(
+            f"{found.file} has one image that can be used: at least two are needed, one to train "
+            "on and one to evaluate on"
+        )
     said = f"{'it has only the list ' + repr(name) if name else 'it has no lists of images'}: "
     said += f"{share:.0%} of them, chosen by a hash of their names, are for evaluation"
     return divided(content, share), said
@@ -124,7 +129,7 @@ def divided(content: Content, share: float) -> dict[str, Content]:
 
     Args:
         content: what a COCO json says.
-        share: of the images that 'val' gets; both get at least one, if there are two.
+        share: of the images that 'val' gets; both get at least one.
     """
 
     def rank(image: Any) -> float:

@@ -98,7 +98,7 @@ def _yaml(file: Path) -> dict[str, Any]:
     try:
         pairs = names.items() if isinstance(names, dict) else enumerate(names)  # type: ignore[arg-type]
         numbered = {int(i): name for i, name in pairs}
-        if not all(isinstance(name, str) for name in numbered.values()):
+        if isinstance(names, str) or not all(isinstance(name, str) for name in numbered.values()):
             raise TypeError
     except (TypeError, ValueError) as error:
         raise InputError(
