@@ -1,6 +1,8 @@
 """Data sets in the forms people have: read as they were written, and odd files named."""
 
 import json
+import random
+import re
 import shutil
 import unicodedata
 
@@ -11,7 +13,7 @@ from forms_written import CLASSES, WRITERS, photo, photos, random_set, region
 
 from gfl_jax.data.coco_format import DataError, check
 from gfl_jax.data.forms.folder import divided, read_folder, splits_of
-from gfl_jax.errors import InputError, MissingFileError
+from gfl_jax.errors import InputError, MissingFileError, UserError
 
 
 def read(root, on_error="raise", **choices):
@@ -667,3 +669,77 @@ def test_one_image_cannot_be_divided(tmp_path):
     assert "annotations.xml has one image that can be used" in refused(
         simple_cvat(tmp_path, images="a")
     )
+
+
+WRONG = [
+    None,
+    0,
+    -1,
+    True,
+    1e308,
+    float("nan"),
+    10**400,
+    "",
+    "\ud800",
+    "a\0.jpg",
+    "x" * 300,
+    [],
+    {},
+]
+WRONG += [[[]], [None], {"a": 1}, ["cat"], "http://[a.jpg", 2.5]
+TOKENS = [
+    "",
+    "0",
+    "nan",
+    "1e999",
+    "<",
+    "</",
+    "&#0;",
+    "9" * 400,
+    "\x00",
+    "..",
+    "[]",
+    "{",
+    "- ",
+    "\r\n",
+]
+
+
+def damaged(text, is_json, rng):
+    """A file's text with a few things in it changed, as JSON or letter by letter."""
+    if is_json and rng.random() < 0.9:
+        tree = json.loads(text)
+        for _ in range(rng.randint(1, 3)):
+            places, waiting = [], [tree]
+            while waiting:
+                node = waiting.pop()
+                keys = range(len(node)) if isinstance(node, list) else [*node]
+                places += [(node, key) for key in keys]
+                waiting += [node[key] for key in keys if isinstance(node[key], list | dict)]
+            if places:
+                node, key = rng.choice(places)
+                node[key] = rng.choice(WRONG)
+        return json.dumps(tree)
+    for _ in range(rng.randint(1, 3)):
+        words = list(re.finditer(r"[\w.\-]+|[^\w\s]", text))
+        start, end = rng.choice(words).span() if words else (0, 0)
+        text = text[:start] + rng.choice(TOKENS) + text[rng.choice([end, end, end, start + 99]) :]
+    return text
+
+
+@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("count", [30, pytest.param(300, marks=pytest.mark.slow)])
+def test_what_is_damaged_is_read_or_refused_in_words(tmp_path, form, count):
+    WRITERS[form](tmp_path, random_set(1))
+    rng = random.Random(count)
+    files = [f for f in tmp_path.rglob("*") if f.suffix in (".xml", ".json", ".txt", ".yaml")]
+    whole = {file: file.read_text("utf-8") for file in sorted(files)}
+    for _ in range(count):
+        file = rng.choice(list(whole))
+        file.write_text(damaged(whole[file], file.suffix == ".json", rng), "utf-8", "replace")
+        for on_error in ("raise", "skip"):
+            try:
+                read(tmp_path, on_error)
+            except UserError as error:
+                assert len(str(error)) > 20
+        file.write_text(whole[file], "utf-8")

@@ -1,6 +1,7 @@
 """`prepare`: from a folder in any form to one that can be trained on, and what it says."""
 
 import re
+from pathlib import Path
 
 import forms_written as written
 import numpy as np
@@ -232,3 +233,46 @@ def test_every_class_is_on_the_sheet_as_far_as_it_goes(tmp_path):
         assert len(shown) == len(set(shown)) == count
         assert {7, 23} <= set(shown)
     assert _showing_all_classes(split, 100) == list(range(40))
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+
+
+def commands_in_docs():
+    """(form, command) of each `gfl-jax prepare` line in the page's sections."""
+    sections = re.split(r"^## ", PAGE.read_text("utf-8"), flags=re.M)
+    return [
+        (section.partition("\n")[0], line.strip())
+        for section in sections
+        for line in re.findall(r"^    (gfl-jax prepare .*)$", section, re.M)
+    ]
+
+
+def test_the_page_has_a_command_for_each_form():
+    forms = {form.split(",")[0] for form in written.WRITERS}
+    assert forms <= {form for form, _ in commands_in_docs()}
+
+
+@pytest.mark.parametrize(("section", "command"), commands_in_docs())
+def test_commands_of_the_page_run(tmp_path, capsys, monkeypatch, section, command):
+    monkeypatch.chdir(tmp_path)
+    _, _, source, *flags = command.split()
+    lists = section == "Training and evaluation"
+    form = section if section in written.WRITERS else "Pascal VOC" if lists else "COCO"
+    images = written.random_set(4)
+    written.WRITERS[form](tmp_path / source, images)
+    stems = [name.rpartition(".")[0] for name in images]
+    if lists:
+        sets = tmp_path / source / "ImageSets" / "Main"
+        sets.mkdir(parents=True)
+        (sets / "trainval.txt").write_text("\n".join(stems[:2]), "utf-8")
+        (sets / "test.txt").write_text("\n".join(stems[2:]), "utf-8")
+    if "--train-annotations" in flags:
+        (tmp_path / source / "images").rename(tmp_path / source / "photos")
+        text = (tmp_path / source / "result.json").read_text().replace("images\\\\", "")
+        for name in ("train.json", "val.json"):
+            (tmp_path / source / name).write_text(text)
+    status, said, errors = run(capsys, source, *flags, "--config", "gfl_r18_fpn_shapes")
+    assert status == 0, errors
+    assert "train with --data.prepared DST" in said
+    assert len(Prepared("DST").open("train").source) >= 1

@@ -143,15 +143,15 @@ def divided(content: Content, share: float) -> dict[str, Content]:
     chosen = {id(image) for image in ordered[:count]}
     val = [image for image in content["images"] if id(image) in chosen]
     train = [image for image in content["images"] if id(image) not in chosen]
-    ids = {image.get("id") for image in val if isinstance(image, dict)}
 
-    def is_of_val(annotation: Any) -> bool:
-        image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
-        return isinstance(image_id, int) and image_id in ids
+    def id_in(entry: Any, field: str) -> int | None:
+        stated = entry.get(field) if isinstance(entry, dict) else None
+        return stated if isinstance(stated, int) else None
 
+    ids = {id_in(image, "id") for image in val} - {None}
     parts: tuple[list[Any], list[Any]] = [], []
     for annotation in content["annotations"]:
-        parts[is_of_val(annotation)].append(annotation)
+        parts[id_in(annotation, "image_id") in ids].append(annotation)
     return {
         "train": content | {"images": train, "annotations": parts[0]},
         "val": content | {"images": val, "annotations": parts[1], "problems": []},

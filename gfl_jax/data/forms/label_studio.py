@@ -16,6 +16,9 @@ NAME = "Label Studio"
 _UPLOADED = re.compile(r"^[0-9a-f]{8}-")
 """What Label Studio puts before the names of files that are uploaded."""
 
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""What reading something else than numbers, texts, lists and objects in their places ends in."""
+
 
 def found(root: Path) -> list[str]:
     """The exports of this form in a folder, relative to it."""
@@ -50,11 +53,14 @@ def read(root: Path, files: list[str], images: str = "") -> Found:
     for file in files:
         for number, task in enumerate(_tasks(root / file), start=1):
             place = f"{file}, task {task.get('id', number) if isinstance(task, dict) else number}"
-            results = _results(saying, task)
-            if results is None:
-                unlabelled += 1
-            else:
-                _read_task(saying, place, task, results, images)
+            try:
+                results = _results(saying, task)
+                if results is None:
+                    unlabelled += 1
+                else:
+                    _read_task(saying, place, task, results, images)
+            except MALFORMED as error:
+                saying.problem("malformed task", place, _cannot_be_read(task, error))
     if unlabelled:
         saying.notes["tasks without an annotation: left out"] += unlabelled
     lists = saying.lists_by_name()
@@ -90,9 +96,9 @@ def _read_task(saying: Saying, place: str, task: Any, results: list[Any], images
         detail = f"there is no image {wanted} below {saying.files.folder}, or several: Label "
         saying.problem("missing image file", place, detail + "Studio exports the json alone")
         return
-    sizes = {
+    sizes = [
         (r.get("original_height"), r.get("original_width")) for r in results if isinstance(r, dict)
-    }
+    ]
     size: Any = next((s for s in sizes if all(isinstance(x, int) for x in s)), None)
     image_id = saying.image(name, size, place, ())
     if image_id is None:
@@ -103,10 +109,14 @@ def _read_task(saying: Saying, place: str, task: Any, results: list[Any], images
     for number, result in enumerate(results, start=1):
         try:
             _read_region(saying, f"{place}, region {number}", image_id, result, size)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            kind = type(error).__name__.removesuffix("Error").lower()
-            detail = f"cannot be read ({kind} {error}): {str(result)[:60]}"
+        except MALFORMED as error:
+            detail = _cannot_be_read(result, error)
             saying.problem("bad box", f"{place}, region {number}", detail)
+
+
+def _cannot_be_read(entry: Any, error: Exception) -> str:
+    missing = "no " if isinstance(error, KeyError) else ""
+    return f"cannot be read ({missing}{error}): {str(entry)[:80]}"
 
 
 def _candidates(text: str) -> list[str]:
