@@ -3,6 +3,7 @@
 gfl-jax prepare SRC DST
 """
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from gfl_jax.config import Experiment
 from gfl_jax.data.coco_format import OnError, data_error
 from gfl_jax.data.folders import local_folder
 from gfl_jax.data.forms.folder import Form, read_folder, splits_of
+from gfl_jax.data.manifest import MANIFEST
 from gfl_jax.data.prepare import RawSplit, prepare, report_of
 from gfl_jax.data.records import open_prepared
 from gfl_jax.data.suspicions import suspicion
@@ -77,10 +79,14 @@ def main(
     """
     root, folder = local_folder(src, "SRC"), local_folder(dst, "DST")
     experiment = load_experiment(config)
+    if (folder / MANIFEST).is_file() and not overwrite:  # before SRC is read
+        print(f"{folder} is complete: nothing to do (--overwrite prepares it again)")
+        return
     train = RawSplit(root / train_annotations, root / train_images, white)
     val = RawSplit(root / val_annotations, root / val_images, white)
     named = (train_annotations, train_images, val_annotations, val_images) != (*TRAIN, *VAL)
-    if named or train.annotations.is_file() or val.annotations.is_file():
+    named |= train.annotations.is_file() or val.annotations.is_file()
+    if named and form in ("auto", "coco"):
         splits = _named(train, val)
     else:
         found, said = read_folder(root, form, images)
@@ -90,9 +96,7 @@ def main(
             name: RawSplit(found.file, found.folder, white, content)
             for name, content in contents.items()
         }
-    if not prepare(folder, splits, on_error, overwrite=overwrite):
-        print(f"{folder} is complete: nothing to do (--overwrite prepares it again)")
-        return
+    prepare(folder, splits, on_error, overwrite=overwrite)
     for name in splits:
         split = open_prepared(folder, name)
         print(f"\n{name}: {report_of(epath.Path(folder), name)}\n{description(split)}")
@@ -118,7 +122,8 @@ def _suggest(config: str, experiment: Experiment, folder: Path, dst: str) -> Non
     for suggestion in found:
         print(f"  {suggestion.flag or 'as it is'}: {suggestion.reason}")
     flags = [suggestion.flag for suggestion in found if suggestion.flag]
-    print(" ".join([f"\n  gfl-jax train {config} --data.prepared {dst}", *flags]))
+    command = f"gfl-jax train {shlex.quote(config)} --data.prepared {shlex.quote(dst)}"
+    print("\n  " + " ".join([command, *flags]))
 
 
 def _named(train: RawSplit, val: RawSplit) -> dict[str, RawSplit]:
