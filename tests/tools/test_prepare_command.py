@@ -98,7 +98,7 @@ def test_faults_end_with_status_1_and_name_file_and_line(tmp_path, capsys):
     status, said, _ = run(capsys, tmp_path / "src", tmp_path / "made", *rest)
     assert status == 0
     assert re.search(r"problem: bad line +1$", said, re.M)
-    assert run(capsys, tmp_path / "gone", tmp_path / "made")[0] == 1
+    assert run(capsys, tmp_path / "gone", tmp_path / "other")[0] == 1
     assert run(capsys, tmp_path / "src", tmp_path / "made", "--form", "tfrecord")[0] == 2
 
 
