@@ -36,8 +36,8 @@ COMMANDS = {
         "do intervals of box sides hold what they promise? correct them",
     ),
     "prepare": (
-        "gfl_jax.data.prepare:main",
-        "check a data set in COCO's format and prepare it once, for any machine",
+        "gfl_jax.tools.prepare:main",
+        "check a data set (COCO, Pascal VOC, YOLO, CVAT, Label Studio) and prepare it",
     ),
     "tables": ("gfl_jax.tools.tables:main", "train the rows of the paper's tables"),
     "consistency": (

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 from etils import epath
+from PIL import Image, ImageDraw
 
 from gfl_jax.data import images
 from gfl_jax.data.records import PreparedSplit
+from gfl_jax.drawing import draw_boxes, font_for
 from gfl_jax.errors import MissingExtraError, needs
 from gfl_jax.results import Result
 from gfl_jax.training.metrics import read_metrics
@@ -76,6 +78,58 @@ def contact_sheet(
         _write(caption, f"{record['image_id']}: truth", (4, 16))
         _write(caption, f"detections >= {score_threshold}", (image.shape[1] + 8, 16))
         tiles.append(np.concatenate([caption, pair]))
+    _write_sheet(file, tiles)
+
+
+def ground_truth_sheet(
+    file: epath.PathLike, split: PreparedSplit, *, count: int = 12, tile: int = 480
+) -> None:
+    """Writes a PNG of images with their ground truth; every class is shown, as far as they go.
+
+    Args:
+        file: to write, local or in a bucket.
+        split: images and ground truth.
+        count: number of images.
+        tile: longer side of an image on the sheet, in pixels.
+    """
+    tiles = []
+    for index in _showing_all_classes(split, count):
+        record = split.source[index]
+        size = record["height"], record["width"]
+        image = images.decode(record["image"], size, record["filename"])
+        scale = tile / max(size)
+        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=how)
+        notes = np.where(record["crowd"], " (crowd)", np.where(record["ignore"], " (ignored)", ""))
+        texts = [
+            split.category_names[label] + note
+            for label, note in zip(record["labels"], notes, strict=True)
+        ]
+        drawn = draw_boxes(image, record["boxes"] * scale, record["labels"].tolist(), texts)
+        caption = Image.new("RGB", (image.shape[1], 22), "white")
+        font, name = font_for(record["filename"], 13)
+        ImageDraw.Draw(caption).text((4, 3), name, font=font, fill="black")
+        tiles.append(np.concatenate([np.asarray(caption), drawn]))
+    _write_sheet(file, tiles)
+
+
+def _showing_all_classes(split: PreparedSplit, count: int) -> list[int]:
+    """Indices of images: one of each class, the rarest class first; then evenly spaced ones."""
+    table = split.table
+    image_of = np.repeat(np.arange(len(table.image_ids)), np.diff(table.starts))
+    chosen: list[int] = []
+    for label in np.argsort(np.bincount(table.labels, minlength=len(split.category_ids))):
+        with_it = np.unique(image_of[table.labels == label])
+        if len(chosen) < count and len(with_it) and not np.isin(with_it, chosen).any():
+            chosen.append(int(with_it[len(with_it) // 2]))
+    with_any = np.flatnonzero(np.diff(table.starts))
+    rest = np.setdiff1d(with_any if len(with_any) else np.arange(len(table.image_ids)), chosen)
+    spaced = np.linspace(0, len(rest) - 1, min(count - len(chosen), len(rest))).astype(int)
+    return sorted([*chosen, *rest[spaced].tolist()])
+
+
+def _write_sheet(file: epath.PathLike, tiles: list[np.ndarray]) -> None:
+    """Writes pictures as one PNG, three in a row."""
     height, width = (max(t.shape[axis] for t in tiles) for axis in (0, 1))
     columns = 1 if len(tiles) < 3 else 3
     sheet = np.full(

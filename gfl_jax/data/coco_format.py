@@ -14,6 +14,10 @@ from gfl_jax.errors import InputError
 
 OnError = Literal["raise", "skip"]
 
+STATED_IN = "stated_in"
+"""Field of an image or annotation that was not read from a COCO json: the place that states it,
+such as "labels/a.txt, line 3". Messages name it in place of ids."""
+
 _LISTED_PROBLEMS = 20
 _FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
     "categories": ("category", {"id": int, "name": str}),
@@ -184,7 +188,8 @@ def check(
     """Checks a whole COCO json; image files must exist, but are not read.
 
     Args:
-        content: the json's, from `read_json`.
+        content: the json's, from `read_json`; or what `gfl_jax.data.forms` made of other files,
+            with the `problems` that it found.
         file: the json, for messages.
         images: the folder that its file names are relative to; None: not looked up.
         on_error: "raise" stops at any problem; "skip" leaves faulty entries out.
@@ -202,10 +207,14 @@ def check(
         for entry in reversed(content["images"])
         if isinstance(entry, dict) and isinstance(entry.get("id"), int)
     }
-    problems: list[Problem] = []
+    problems: list[Problem] = list(content.get("problems", []))
 
-    def report(kind: str, detail: str, image_id: Any, annotation_id: Any = None) -> None:
+    def report(
+        kind: str, detail: str, image_id: Any, annotation_id: Any = None, place: str | None = None
+    ) -> None:
         name = listed.get(image_id) if isinstance(image_id, int) else None
+        if place:
+            name, image_id, annotation_id = place, None, None
         problems.append(Problem(kind, name or str(file), image_id, annotation_id, detail))
 
     def by_id(key: str) -> dict[int, dict[str, Any]]:
@@ -223,7 +232,8 @@ def check(
                 "annotation": (known.get("image_id"), known.get("id")),
             }.get(noun, (None, None))
             kind = f"malformed {noun}" if fault else f"duplicate {noun} id"
-            report(kind, f"{fault or 'the id is already taken'}: {str(entry)[:80]}", *ids)
+            detail = f"{fault or 'the id is already taken'}: {str(entry)[:80]}"
+            report(kind, detail, *ids, place=known.get(STATED_IN))
         return entries
 
     categories = dict(sorted(by_id("categories").items()))
@@ -232,9 +242,11 @@ def check(
     for image_id, image in sorted(by_id("images").items()):
         name = image["file_name"]
         if images and not os.path.isfile(images / name):  # False too for what cannot be a name
-            report("missing image file", "no such file in the image folder", image_id)
+            detail = "no such file in the image folder"
+            report("missing image file", detail, image_id, place=image.get(STATED_IN))
             continue
-        entries[image_id] = ImageEntry(image_id, name, (image["height"], image["width"]), image)
+        stated = {key: value for key, value in image.items() if key != STATED_IN}
+        entries[image_id] = ImageEntry(image_id, name, (image["height"], image["width"]), stated)
     for annotation_id, annotation in by_id("annotations").items():
         image_id, label = annotation["image_id"], labels.get(annotation["category_id"])
         entry = entries.get(image_id)
@@ -247,7 +259,7 @@ def check(
         if fault := _box_fault(annotation["bbox"], entry.size if entry else None):
             faults.append(fault)
         for kind, detail in faults:
-            report(kind, detail, image_id, annotation_id)
+            report(kind, detail, image_id, annotation_id, annotation.get(STATED_IN))
         if entry and label is not None and not faults:
             annotation = _normalised(annotation)
             entry.annotations.append(annotation)
@@ -281,7 +293,8 @@ def read_json(file: Path) -> tuple[dict[str, Any], str]:
             "missing annotation file",
             file,
             "no such file" if os.path.isdir(folder) else f"there is no folder {folder}",
-            "--data.root, --data.train-annotations and --data.val-annotations name the files",
+            "--data.root, --data.train-annotations and --data.val-annotations name the files; data "
+            "in other forms (Pascal VOC, YOLO, CVAT, Label Studio) is read by gfl-jax prepare",
         )
     try:
         data = file.read_bytes()
@@ -299,7 +312,7 @@ def read_json(file: Path) -> tuple[dict[str, Any], str]:
     for key in _FIELDS:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise data_error("missing list", file, f"a COCO json is an object with a list '{key}'")
-    return content, hashlib.sha256(data).hexdigest()
+    return {key: content[key] for key in _FIELDS}, hashlib.sha256(data).hexdigest()
 
 
 def _fault(entry: Any, fields: dict[str, Any]) -> str | None:
@@ -346,7 +359,8 @@ def _normalised(annotation: dict[str, Any]) -> dict[str, Any]:
     w, h = annotation["bbox"][2:]
     area = w * h if annotation.get("area") is None else annotation["area"]
     flags = {name: int(annotation.get(name) or 0) for name in ("iscrowd", "ignore")}
-    return annotation | {"area": area} | flags
+    stated = {key: value for key, value in annotation.items() if key != STATED_IN}
+    return stated | {"area": area} | flags
 
 
 def _object(annotation: dict[str, Any], label: int) -> Object:

@@ -15,6 +15,9 @@ from gfl_jax.errors import InputError
 
 IntOrArray = TypeVar("IntOrArray", int, np.ndarray)
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+"""What the names of image files end with, in lower case."""
+
 # In entropy-coded JPEG data 0xFF is followed by a stuffed zero or a restart marker (D0..D7).
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 _JPEG_EXIF = 0xE1

@@ -1,11 +1,13 @@
 """Checks a COCO-format data set and writes it in the format that `gfl_jax.data.records` reads.
 
-`prepare` writes a folder that can be copied anywhere and used with `--data.prepared FOLDER`.
+`prepare`, called by the command of this name, writes a folder that can be copied anywhere and used
+with `--data.prepared FOLDER`.
 `gfl_jax.data.cache` does the same behind the scenes for a data set given by its raw files.
 """
 
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import os
@@ -13,10 +15,9 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 from etils import epath
 from tqdm import tqdm
 
@@ -31,9 +32,9 @@ from gfl_jax.data.coco_format import (
     for_evaluation,
     read_json,
 )
-from gfl_jax.data.folders import local_folder, locked, new_folder
+from gfl_jax.data.folders import locked, new_folder
 from gfl_jax.data.manifest import MANIFEST, split_entry, write_manifest
-from gfl_jax.data.records import Table, load_table
+from gfl_jax.data.records import Table
 from gfl_jax.data.sixteen_bits import (
     WHITE,
     as_8_bits,
@@ -41,7 +42,6 @@ from gfl_jax.data.sixteen_bits import (
     nearly_largest,
     read_16_bits,
 )
-from gfl_jax.data.suspicions import suspicion
 from gfl_jax.errors import InputError
 
 _SHARD_BYTES = 1 << 27
@@ -49,18 +49,20 @@ _SHARD_BYTES = 1 << 27
 
 @dataclasses.dataclass(frozen=True)
 class RawSplit:
-    """A split in COCO's format.
+    """A split in COCO's format, or in another form that was read into it.
 
     Attributes:
-        annotations: the json.
-        images: the folder that its file names are relative to.
+        annotations: the json; of another form, the file or folder that says where the objects are.
+        images: the folder that file names are relative to.
         white: value of 16-bit images that becomes white; 0: 65535, but images that would then be
             nearly black are an error.
+        read: what `gfl_jax.data.forms` made of another form; None: `annotations` is a json.
     """
 
     annotations: Path
     images: Path
     white: int = 0
+    read: dict[str, Any] | None = None
 
     def __post_init__(self):
         if not 0 <= self.white <= WHITE:
@@ -69,7 +71,10 @@ class RawSplit:
     @functools.cached_property
     def content(self) -> tuple[dict[str, Any], str]:
         """What the json holds, and its digest; see `read_json`. Read once."""
-        return read_json(self.annotations)
+        if self.read is None:
+            return read_json(self.annotations)
+        said = json.dumps(self.read, default=str, sort_keys=True)
+        return self.read, hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def prepare(
@@ -101,63 +106,6 @@ def prepare(
         with new_folder(folder) as partial:
             write_prepared(partial, splits, on_error)
         return True
-
-
-def main(
-    src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")],
-    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")],
-    *,
-    train_annotations: str = "annotations/instances_train2017.json",
-    train_images: str = "train2017",
-    val_annotations: str = "annotations/instances_val2017.json",
-    val_images: str = "val2017",
-    on_error: OnError = "raise",
-    white: int = 0,
-    overwrite: bool = False,
-) -> None:
-    """Checks a data set in COCO's format and prepares it once, for `--data.prepared DST`.
-
-    DST then holds all that training and evaluation read. It can be copied anywhere, even to a
-    bucket, and needs neither the raw images nor the jsons. A split without a json is left out.
-
-    Args:
-        src: folder of the data set.
-        dst: folder to make; complete or absent.
-        train_annotations: json of the training images, relative to SRC.
-        train_images: folder of the training images, relative to SRC.
-        val_annotations: json of the images to evaluate on, relative to SRC.
-        val_images: folder of the images to evaluate on, relative to SRC.
-        on_error: 'raise' stops at bad input; 'skip' leaves it out, counts it and lists it.
-        white: value of 16-bit images that becomes white, such as 4095; 0: 65535, but images that
-            would then be nearly black are an error.
-        overwrite: prepares again even if DST is complete.
-
-    Raises:
-        DataError: the data is faulty; every problem is named.
-    """
-    root, folder = local_folder(src, "SRC"), local_folder(dst, "DST")
-    named = {
-        "train": RawSplit(root / train_annotations, root / train_images, white),
-        "val": RawSplit(root / val_annotations, root / val_images, white),
-    }
-    splits = {name: raw for name, raw in named.items() if raw.annotations.is_file()}
-    if not splits:
-        raise data_error(
-            "missing annotation file",
-            named["train"].annotations,
-            f"no such file, and no {named['val'].annotations}",
-        )
-    for name in named.keys() - splits.keys():
-        print(f"{name}: left out, there is no {named[name].annotations}")
-    if not prepare(folder, splits, on_error, overwrite=overwrite):
-        print(f"{folder} is complete: nothing to do (--overwrite prepares it again)")
-        return
-    for name in splits:
-        print(f"{name}: {report_of(epath.Path(folder), name)}")
-        if said := suspicion(load_table((folder / name / "table.npz").read_bytes())):
-            print(f"warning: {name}: {said}")
-    size = sum(file.stat().st_size for file in folder.rglob("*"))
-    print(f"{folder}: {size / 1e9:.2f} GB, train with --data.prepared {dst}")
 
 
 def make_table(
@@ -322,7 +270,3 @@ def _relocatable(report: DataReport) -> dict[str, Any]:
         for p in report.problems
     ]
     return dataclasses.asdict(dataclasses.replace(report, annotations_file=name, problems=problems))
-
-
-if __name__ == "__main__":
-    raise SystemExit("run it as: gfl-jax prepare, or python -m gfl_jax prepare")

