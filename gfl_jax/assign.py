@@ -71,10 +71,7 @@ class _Geometric:
         objects: Objects,
         predicted: Predicted | None = None,
     ) -> Assignment:
-        """Assign the priors of one image; those that are not `valid`, in the padding, never match.
-
-        `predicted` is for assigners that see predictions.
-        """
+        """Assigns the priors of an image; those not `valid`, in the padding, never match."""
         matched = self.match(priors, objects.boxes, valid & objects.mask[:, None])
         return Assignment(matched, jnp.ones(matched.shape))
 
@@ -83,35 +80,31 @@ class _Geometric:
         raise NotImplementedError
 
 
-def _nearest(
-    priors: Priors, level: int, points: Float[Array, "gts 2"], exists: Pairs, k: int
-) -> tuple[Int[Array, "gts k"], Bool[Array, "gts k"]]:
-    """Each point's k nearest priors of a level by their centres; the first among equals.
+def _nearest(priors: Priors, points: Float[Array, "gts 2"], exists: Pairs, k: int) -> Array:
+    """Of each level the k priors whose centres are nearest to each point: indices [gts, nearest].
 
-    The centres are a grid, whose valid part is a rectangle from the first cell on: the k nearest
-    are looked for within k // 2 + 1 cells of the point, moved into that rectangle.
-
-    Returns:
-        Indices of the priors, and which of them exist: fewer may be valid.
+    The first among equals. Where fewer exist, others too. Centres of a level are a grid whose valid
+    part must be a rectangle from the first cell on: the nearest are within k // 2 + 1 cells of the
+    point, moved into that rectangle.
     """
-    start, count = sum(priors.levels[:level]), priors.levels[level]
-    (height, width), per_cell = priors.grids[level], priors.per_cell[level]
-    valid = exists[:, start : start + count].any(0).reshape(height, width, per_cell)[..., 0]
-    extent = jnp.stack([valid[0].sum(), valid[:, 0].sum()])  # columns, rows
+    nearest, start = [], 0
+    for (height, width), per_cell in zip(priors.grids, priors.per_cell, strict=True):
+        end = start + height * width * per_cell
+        valid = exists[:, start:end].any(0).reshape(height, width, per_cell)[..., 0]
+        extent = jnp.stack([valid[0].sum(), valid[:, 0].sum()])  # columns, rows
+        side = np.minimum(2 * (k // 2 + 1) + 1, [width, height])
+        middle = jnp.round((points - priors.centers[start]) / priors.strides[start]).astype(int)
+        first = jnp.clip(middle - side // 2, 0, jnp.maximum(extent - side, 0))
+        columns, rows = first[:, :1] + np.arange(side[0]), first[:, 1:] + np.arange(side[1])
+        cells = (rows[:, :, None] * width + columns[:, None, :])[..., None]
+        index = start + (cells * per_cell + np.arange(per_cell)).reshape(len(points), -1)
 
-    side = np.minimum(2 * (k // 2 + 1) + 1, [width, height])
-    middle = jnp.round((points - priors.centers[start]) / priors.strides[start]).astype(int)
-    first = jnp.clip(middle - side // 2, 0, jnp.maximum(extent - side, 0))
-    columns = first[:, :1] + np.arange(side[0])
-    rows = first[:, 1:] + np.arange(side[1])
-    cells = (rows[:, :, None] * width + columns[:, None, :]).reshape(len(points), -1)
-    index = start + (cells[..., None] * per_cell + np.arange(per_cell)).reshape(len(points), -1)
-
-    offset = jnp.asarray(priors.centers)[index] - points[:, None]
-    found = jnp.take_along_axis(exists, index, axis=1)
-    distance = jnp.where(found, jnp.sqrt((offset**2).sum(-1)), jnp.inf)
-    nearest = lax.top_k(-distance, min(k, distance.shape[1]))[1]
-    return tuple(jnp.take_along_axis(x, nearest, axis=1) for x in (index, found))  # type: ignore
+        distance = jnp.linalg.norm(jnp.asarray(priors.centers)[index] - points[:, None], axis=-1)
+        distance = jnp.where(jnp.take_along_axis(exists, index, axis=1), distance, jnp.inf)
+        _, best = lax.top_k(-distance, min(k, distance.shape[1]))
+        nearest.append(jnp.take_along_axis(index, best, axis=1))
+        start = end
+    return jnp.concatenate(nearest, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +115,6 @@ class ATSS(_Geometric):
     whose centre is inside it (by 0.01 pixel); an anchor claimed by several objects goes to the one
     with the largest IoU.
 
-    The valid priors of a level must be a rectangle of cells from the first one on, as those of an
-    image on its canvas are.
-
     Attributes:
         topk: candidates per object and level, those with the nearest centres.
     """
@@ -132,13 +122,9 @@ class ATSS(_Geometric):
     topk: int = 9
 
     def match(self, priors: Priors, boxes: Boxes, exists: Pairs) -> Int[Array, " priors"]:
-        middle = 0.5 * (boxes[:, :2] + boxes[:, 2:])
-        by_level = [
-            _nearest(priors, level, middle, exists, self.topk) for level in range(len(priors.grids))
-        ]
-        index, candidate = (jnp.concatenate(x, axis=1) for x in zip(*by_level, strict=True))
+        index = _nearest(priors, 0.5 * (boxes[:, :2] + boxes[:, 2:]), exists, self.topk)
+        candidate = jnp.take_along_axis(exists, index, axis=1)
         iou = aligned_iou(boxes[:, None], jnp.asarray(priors.boxes)[index])  # gts candidates
-
         count = candidate.sum(1, keepdims=True)
         mean = jnp.where(candidate, iou, 0).sum(1, keepdims=True) / jnp.maximum(count, 1)
         squares = jnp.where(candidate, (iou - mean) ** 2, 0).sum(1, keepdims=True)
@@ -147,13 +133,12 @@ class ATSS(_Geometric):
 
         distances = boxes_to_distances(jnp.asarray(priors.centers)[index], boxes[:, None])
         positive = candidate & (iou >= mean + deviation) & (distances.min(-1) > 0.01)
-        # The largest IoU of those that claim an anchor, then the first object that has it.
         claim = jnp.where(positive, iou, -1.0)
         largest = jnp.full(exists.shape[1], -1.0).at[index].max(claim)
         wins = positive & (claim == largest[index])
         owner = jnp.where(wins, jnp.arange(len(boxes))[:, None], len(boxes))
-        matched = jnp.full(exists.shape[1], len(boxes)).at[index].min(owner)
-        return jnp.where(matched < len(boxes), matched, BACKGROUND)
+        first = jnp.full(exists.shape[1], len(boxes)).at[index].min(owner)
+        return jnp.where(first < len(boxes), first, BACKGROUND)
 
 
 @dataclasses.dataclass(frozen=True)

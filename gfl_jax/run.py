@@ -104,16 +104,10 @@ def load(path: PathLike, classes: Sequence[str] = ()) -> Run:
         weights = read_weights(folder, network)
         step, temperature = int(about.get("step", 0)), float(about.get("temperature", 1.0))
         return Run(folder, step, experiment, ids, names, network, weights, temperature, about)
-    if is_stablehlo(folder):
+    if is_stablehlo(folder) or name.endswith(".onnx") or any(folder.glob("*.onnx")):
         raise InputError(
-            f"{folder} holds compiled programs, not a detector to train or evaluate: call "
-            f'gfl_jax.interop.stablehlo.Exported("{folder}")(images, sizes, scales), or export the '
-            "run with --format safetensors"
-        )
-    if name.endswith(".onnx") or any(folder.glob("*.onnx")):
-        raise InputError(
-            f"{folder} is for other runtimes, such as onnxruntime: load the run that it was "
-            "exported from, or export that with --format safetensors"
+            f"{folder} holds compiled programs, not a detector to train or evaluate: see "
+            "docs/export.md for how to call them, or export the run with --format safetensors"
         )
     while True:
         checkpoints = Checkpoints.find(folder)

@@ -358,5 +358,5 @@ def test_a_damaged_folder_says_which_file(tmp_path, run, damage, message):
 def test_an_exported_onnx_folder_is_not_taken_for_checkpoints(tmp_path):
     (tmp_path / "64x96_detections.onnx").write_bytes(b"")
     for source in (tmp_path, tmp_path / "64x96_detections.onnx"):
-        with pytest.raises(InputError, match="is for other runtimes"):
+        with pytest.raises(InputError, match="holds compiled programs"):
             gfl_jax.load(source)
