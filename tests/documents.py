@@ -40,7 +40,7 @@ def blocks(page: str, text: str) -> list[Block]:
     """The indented and the fenced blocks of a page, also those inside lists."""
     found = []
     for token in MarkdownIt().parse(text):
-        if token.type in ("fence", "code_block"):
+        if token.type in ("fence", "code_block") and token.info != "bibtex":
             content = token.content
             place = f"{page}:{token.map[0] + 1 + (token.type == 'fence')}"
             found.append(Block(place, content, _is_python(content)))
