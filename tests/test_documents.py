@@ -44,6 +44,9 @@ READ_ONLY = {
     "preflight ": "compiles for TPUs, for minutes; tests/tools/preflight run it small",
     "--hosts.start always": "needs a pod",
     "--hosts.coordinator": "two processes; tests/test_hosts.py runs them",
+    "prepare VOC2007 ": "tests/tools/test_prepare_command.py runs it on such a folder",
+    "--train.log.to tensorboard wandb": "an account; tests/training/test_loggers.py has its own",
+    "push RUN OWNER/NAME": "an account; tests/tools/test_push.py pushes to a small hub",
     "crosscheck ": "needs mmdetection; tests/interop/test_crosscheck.py has its numbers",
 }
 """Part of a command line: why it is not run."""
@@ -65,6 +68,11 @@ NO_COMMANDS = {
     "disk -> data": "a sketch",
     "workers x 2 x": "a formula",
     "killed 20 times": "what a program printed",
+    "images of 640 x 480 pixels": "what a program printed",
+    "VOC2007/Annotations": "a folder",
+    "data.yaml             train:": "a folder",
+    "annotations.xml": "a folder",
+    "project-1.json": "a folder",
 }
 """How a block begins that nobody would type: what it is."""
 
@@ -75,6 +83,7 @@ ready: each would compile for a minute what these two have."""
 OTHERS_FLAGS = {
     "--help": "what tyro adds to every command",
     "--shm-size": "docker",
+    "--logdir": "TensorBoard",
     "--ipc": "docker",
     "--slow": "pytest",
     "--reference-dir": "pytest",
