@@ -54,6 +54,7 @@ READ_ONLY = {
 NOT_OURS = {
     "python -m venv": "a new environment, which is filled from the network",
     "pip install": "from the network; that its extras exist is tested below",
+    "python benchmarks/gpu.py": "minutes; tests/test_benchmarks.py runs it small",
     "gcloud compute tpus": "needs a pod",
     "gcloud storage": "needs a bucket",
     "#!/bin/bash": "Slurm",
@@ -84,6 +85,8 @@ OTHERS_FLAGS = {
     "--help": "what tyro adds to every command",
     "--shm-size": "docker",
     "--logdir": "TensorBoard",
+    "--only": "benchmarks/gpu.py",
+    "--trace": "benchmarks/gpu.py",
     "--ipc": "docker",
     "--slow": "pytest",
     "--reference-dir": "pytest",
@@ -98,7 +101,7 @@ SETUP = {
 }
 """Part of a program or command: what makes the file that it needs."""
 
-ABOUT = ("README.md", "differences.md", "tables.md")
+ABOUT = ("README.md", "differences.md", "performance.md", "tables.md")
 """Pages to read rather than to work with."""
 
 TINY = (
@@ -374,7 +377,7 @@ def test_flags_in_sentences_exist():
         (page.name, text, flag)
         for page in PAGES
         for text in inline(page.read_text())
-        if not re.match(r"python tests/|docker|pytest", text)
+        if not re.match(r"python tests/|python benchmarks/|docker|pytest", text)
         for flag in unknown_flags(text)
         if flag not in OTHERS_FLAGS
     }
