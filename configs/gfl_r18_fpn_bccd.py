@@ -4,8 +4,8 @@ Command:   python train.py configs/gfl_r18_fpn_bccd.py --data.root BCCD
            BCCD is a COCO-format folder of the data set at github.com/Shenggan/BCCD_Dataset (MIT),
            converted from its Pascal VOC files: trainval/, test/ and annotations/instances_*.json.
 Hardware:  two CPU cores, no accelerator, half an hour, 3 GB of memory.
-Expected:  AP 0.540, AP50 0.848, AP75 0.595 on the 72 test photos (mmdetection 3.3 with this recipe;
-           0.468 after 12 epochs).
+Expected:  AP 0.529 +- 0.010 on the 72 test photos (mmdetection 3.3 with this recipe, three seeds;
+           here 0.525 +- 0.002, three seeds).
 Run here:  yes, see the README's table of runs.
 
 A recipe for laptops: photos at 320 x 240, pyramid and head 128 wide, two convolutions per tower.
