@@ -109,7 +109,7 @@ TINY = (
     "--model.backbone.frozen-stages=-1 --model.backbone.pretrained= --model.neck.width=32 "
     "--model.head.width=32 --model.head.stacked-convs=1 --data.scale 64 64 --data.workers=0 "
     "--data.cache-dir=cache --train.epochs=1 --train.batch-size=16 --train.warmup-steps=1 "
-    "--train.eval-batch=1 --detector.inference.score-threshold=0 --detector.inference.nms-pre=60"
+    "--train.eval-batch=1 --detector.inference.score-threshold=0 --detector.inference.nms-pre=600"
 ).split()
 
 BLOCKS = [block for page in PAGES for block in blocks(page.name, page.read_text())]
@@ -136,7 +136,7 @@ def reason_not_to_run(text):
 def made(tmp_path_factory):
     """A folder with all that the pages name, made by the commands that the pages describe."""
     folder = tmp_path_factory.mktemp("documents")
-    shapes = make_shapes(folder / "made", Shapes(8, 0, (64, 64)))
+    shapes = make_shapes(folder / "made", Shapes(12, 0, (64, 64), blurred=1.0))
     images, annotations = shapes / "train", shapes / "annotations" / "instances_train.json"
     coco = "annotations/instances_{}2017.json", "{}2017"
     layouts = {
@@ -183,7 +183,7 @@ def save_run(folder, seed):
     )
     weights.stats.update({name: np.ones_like(x) for name, x in weights.stats.items()})
     # Boxes of about the size of the objects, some of which they overlap.
-    bell = -0.5 * (np.arange(17) - 1.8) ** 2
+    bell = -0.5 * (np.arange(17) - 2.1) ** 2
     ones = {name: np.float32(1) for name in weights.params if ".scales." in name}
     weights.params.update(ones)
     weights.params["bbox_head.gfl_reg.bias"] = np.tile(bell, 4).astype(np.float32)
