@@ -37,13 +37,18 @@ class Block(NamedTuple):
 
 
 def blocks(page: str, text: str) -> list[Block]:
-    """The indented and the fenced blocks of a page, also those inside lists."""
+    """The indented and the fenced blocks of a page, also those inside lists.
+
+    A blank line divides what is no Python: commands may follow a sketch.
+    """
     found = []
     for token in MarkdownIt().parse(text):
         if token.type in ("fence", "code_block") and token.info != "bibtex":
-            content = token.content
-            place = f"{page}:{token.map[0] + 1 + (token.type == 'fence')}"
-            found.append(Block(place, content, _is_python(content)))
+            line = token.map[0] + 1 + (token.type == "fence")
+            is_python = _is_python(token.content)
+            for part in [token.content] if is_python else re.split(r"(?<=\n)\n+", token.content):
+                start = line + token.content[: token.content.index(part)].count("\n")
+                found.append(Block(f"{page}:{start}", part, is_python))
     return found
 
 
