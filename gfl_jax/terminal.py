@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -55,11 +56,16 @@ def interrupts_end() -> None:
             hook(unraisable)
             return
         again.append(True)
-        # To the main thread, where it ends a wait.
-        main = threading.main_thread().ident
-        timer = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT))
-        timer.daemon = True
-        timer.start()
+        left = threading.Event()
+
+        def raise_again() -> None:
+            left.wait()  # in this hook it would be dropped once more
+            time.sleep(0.05)
+            # To the main thread, where it ends a wait.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+        threading.Thread(target=raise_again, daemon=True).start()
+        left.set()
 
     sys.unraisablehook = unless_interrupt
 

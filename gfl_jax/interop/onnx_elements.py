@@ -156,6 +156,14 @@ def _squeeze(graph: Graph, equation: Any) -> list[Value]:
     return [result_of(graph, equation, graph.node("Squeeze", [graph.read(operand), axes]))]
 
 
+def _unstack(graph: Graph, equation: Any) -> list[Value]:
+    (operand,), axis = equation.invars, int(equation.params["axis"])
+    name = graph.read(operand)
+    places = [graph.constant(np.array(i, np.int64)) for i in range(len(equation.outvars))]
+    parts = [graph.node("Gather", [name, place], axis=axis) for place in places]
+    return [result_of(graph, equation, part) for part in parts]
+
+
 def _transpose(graph: Graph, equation: Any) -> list[Value]:
     (operand,), permutation = equation.invars, equation.params["permutation"]
     return [result_of(graph, equation, graph.read(operand, permutation))]
@@ -311,6 +319,7 @@ ELEMENTS_AND_SHAPES: dict[str, Handler] = {
     "squeeze": _squeeze,
     "tile": _tile,
     "transpose": _transpose,
+    "unstack": _unstack,
     "argmax": _argmax,
     "reduce_and": _reduction("ReduceMin"),
     "reduce_max": _reduction("ReduceMax"),

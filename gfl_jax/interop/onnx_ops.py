@@ -175,12 +175,16 @@ def _cond(graph: Graph, equation: Any) -> list[Value]:
 
 def _scan(graph: Graph, equation: Any) -> list[Value]:
     """A loop of a fixed number of rounds that reads and collects nothing on the way."""
-    params, carried = equation.params, equation.params["num_carry"]
-    known = params["num_consts"]
-    if len(equation.invars) != known + carried or len(equation.outvars) != carried:
-        raise unsupported(equation)
-    body, jaxpr = Graph(graph.handlers, graph.first, graph), params["jaxpr"].jaxpr
+    params, jaxpr = equation.params, equation.params["jaxpr"].jaxpr
+    carried = len(equation.outvars)
+    known = len(equation.invars) - carried
     variables = jaxpr.invars[known:]
+    of_round = (*variables, *jaxpr.outvars)
+    of_loop = (*equation.invars[known:], *equation.outvars)
+    # What is read or collected on the way is longer than in a round.
+    if known < 0 or [x.aval.shape for x in of_round] != [x.aval.shape for x in of_loop]:
+        raise unsupported(equation)
+    body = Graph(graph.handlers, graph.first, graph)
     names = [body.fresh("carry") for _ in variables]
     tensors = [
         Tensor(name, tuple(x.aval.shape), plain(x.aval.ndim))

@@ -151,14 +151,15 @@ def _summary(run: Run, data: str) -> str:
     verb = "trained on" if run.step else "for the classes of"
     return (
         f"An object detector {verb} {data}: {len(names)} classes ({listed}), "
-        f"{count / 1e6:.1f} million parameters. A detector of "
-        "[Generalized Focal Loss in JAX](https://arxiv.org/abs/2006.04388) (gfl_jax)."
+        f"{count / 1e6:.1f} million parameters. Trained and used with gfl_jax, "
+        "[Generalized Focal Loss](https://arxiv.org/abs/2006.04388) in JAX."
     )
 
 
 def _use(location: str) -> str:
     return (
-        "With gfl_jax installed (and its extra `hub`):\n\n```python\nimport gfl_jax\n"
+        f"With gfl_jax installed{' (and its extra `hub`)' if location.startswith('hf://') else ''}"
+        ":\n\n```python\nimport gfl_jax\n"
         f'detections = gfl_jax.load("{location}")("street.jpg")\n```\n\n'
         "`detections.boxes`, `.scores` and `.names` are in pixels of the image; "
         '`detections.plot().save("out.png")` draws them.'

@@ -4,6 +4,7 @@ gfl-jax prepare SRC DST
 """
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from gfl_jax.config import Experiment
 from gfl_jax.data.coco_format import OnError, data_error
 from gfl_jax.data.folders import local_folder
 from gfl_jax.data.forms.folder import Form, read_folder, splits_of
-from gfl_jax.data.manifest import MANIFEST
+from gfl_jax.data.manifest import MANIFEST, read_manifest
 from gfl_jax.data.prepare import RawSplit, prepare, report_of
 from gfl_jax.data.records import open_prepared
 from gfl_jax.data.suspicions import suspicion
@@ -79,8 +80,9 @@ def main(
     """
     root, folder = local_folder(src, "SRC"), local_folder(dst, "DST")
     experiment = load_experiment(config)
-    if (folder / MANIFEST).is_file() and not overwrite:  # before SRC is read
-        print(f"{folder} is complete: nothing to do (--overwrite prepares it again)")
+    complete = (folder / MANIFEST).is_file() and not overwrite
+    if complete and not root.is_dir():
+        print(f"{folder} is complete, and there is no {root}: nothing to do")
         return
     train = RawSplit(root / train_annotations, root / train_images, white)
     val = RawSplit(root / val_annotations, root / val_images, white)
@@ -96,10 +98,15 @@ def main(
             name: RawSplit(found.file, found.folder, white, content)
             for name, content in contents.items()
         }
+    if complete:
+        _check_same(folder, splits)
+        print(f"{folder} is complete: nothing to do (--overwrite prepares it again)")
     prepare(folder, splits, on_error, overwrite=overwrite)
     for name in splits:
         split = open_prepared(folder, name)
         print(f"\n{name}: {report_of(epath.Path(folder), name)}\n{description(split)}")
+        if on_error == "skip":
+            print(f"  what was left out, one by one: {folder / name / 'report.json'}")
         if warning := suspicion(split.table):
             print(f"warning: {name}: {warning}")
         picture = folder / f"ground_truth_{name}.png"
@@ -109,6 +116,19 @@ def main(
     print(f"\n{folder}: {size / 1e9:.2f} GB, train with --data.prepared {dst}")
     if "train" in splits:
         _suggest(config, experiment, folder, dst)
+
+
+def _check_same(folder: Path, splits: Mapping[str, RawSplit]) -> None:
+    """Raises an error if a complete folder was made from other annotations or lists."""
+    made = read_manifest(epath.Path(folder))["splits"]
+    for name, raw in splits.items():
+        stored = made.get(name, {}).get("made_from", {})
+        if stored.get("sha256") != raw.content[1]:
+            raise InputError(
+                f"{folder} was made from other annotations or lists of images (its {name} from "
+                f"{stored.get('annotations', 'nothing')}): name another DST, or --overwrite "
+                "prepares it again"
+            )
 
 
 def _suggest(config: str, experiment: Experiment, folder: Path, dst: str) -> None:

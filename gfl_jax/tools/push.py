@@ -17,7 +17,7 @@ from gfl_jax.cli import parse_command, positional
 from gfl_jax.coco_eval import METRICS
 from gfl_jax.data.sources import Data
 from gfl_jax.errors import InputError, UsageError, UserError, needs
-from gfl_jax.interop.exported import check_hub, is_exported, to_hub, write_exported
+from gfl_jax.interop.exported import CONFIG, WEIGHTS, check_hub, to_hub, write_exported
 from gfl_jax.paths import as_path, write
 from gfl_jax.run import Run, exported_about, load
 from gfl_jax.tools.card import Licence, Measured, card, data_name, without_paths
@@ -27,6 +27,7 @@ from gfl_jax.tools.report.numbers import Numbers, numbers_of
 from gfl_jax.training.metrics import read_metrics
 from gfl_jax.training.start import key_of
 
+CARD = "README.md"
 LICENCES = "apache-2.0, mit, cc-by-4.0, cc-by-sa-4.0, cc-by-nc-4.0, cc0-1.0, openrail or other"
 
 
@@ -73,6 +74,8 @@ def main(arguments: list[str]) -> None:
         default = dataclasses.replace(default, folder=named, data=run.experiment.data)
     command = parse_command(default, arguments, "gfl-jax push", __doc__)
     licence = _licence(command)
+    if command.resamples < 100:
+        raise UsageError(f"--resamples is {command.resamples}; intervals need at least 100")
     folder = _folder(command)
     if folder is None:
         check_hub(command.target)
@@ -83,7 +86,9 @@ def main(arguments: list[str]) -> None:
     name = command.target.rstrip("/").rpartition("/")[2]
     data = command.dataset or data_name(run)
     location = f"hf://{command.target}" if folder is None else command.target
-    text = card(run, name, data, licence, measured, location)
+    # Of a folder the card says its name alone: it will be copied.
+    used = location if folder is None else f"./{name}"
+    text = card(run, name, data, licence, measured, used)
     if folder is not None:
         _write(folder, run, text)
         print(f'{folder} written: gfl_jax.load("{location}"); read its README.md')
@@ -114,7 +119,8 @@ def _licence(command: PushCommand) -> Licence:
         raise UsageError(
             f"--license {command.license!r} is not spelled as the hub does; usual: {LICENCES}"
         )
-    if (command.license == "other") != bool(command.license_name and command.license_link):
+    described = command.license_name, command.license_link
+    if not (all(described) if command.license == "other" else not any(described)):
         raise UsageError("--license other, and only that, takes --license-name and --license-link")
     return Licence(command.license, command.license_name, command.license_link)
 
@@ -129,8 +135,12 @@ def _folder(command: PushCommand) -> epath.Path | None:
             )
         return None
     folder = as_path(target)
-    if is_exported(folder) and not command.update:
-        raise InputError(f"{folder} already holds a detector: --update replaces it")
+    there = [name for name in (CONFIG, WEIGHTS, CARD) if (folder / name).exists()]
+    if there and not command.update:
+        raise InputError(
+            f"{folder} already holds {', '.join(there)}: name another folder, or --update replaces "
+            "them"
+        )
     return folder
 
 
@@ -138,7 +148,7 @@ def _write(folder: epath.Path, run: Run, text: str) -> None:
     """The files of a model: weights, config, card."""
     about = without_paths(exported_about(run))
     write_exported(folder, about, run.network, run.variables, run.experiment.detector)
-    write(folder / "README.md", text)
+    write(folder / CARD, text)
 
 
 def measure(run: Run, command: PushCommand) -> Measured | None:

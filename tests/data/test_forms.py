@@ -274,9 +274,9 @@ def test_lines_of_labels(tmp_path, text, objects):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("2 0.5 0.5 0.1 0.1", "class 2; the classes are 0 to 1"),
+        ("2 0.5 0.5 0.1 0.1", "class 2 has no name; those with names are 0, 1"),
         ("-1 0.5 0.5 0.1 0.1", "a line begins with the number of the class: '-1 0.5"),
-        ("cat 0.5 0.5 0.1 0.1", "could not convert string to float: 'cat'"),
+        ("cat 0.5 0.5 0.1 0.1", "'cat' is no number such as 0.5"),
         ("1.5 0.5 0.5 0.1 0.1", "a line begins with the number of the class"),
         ("nan 0.5 0.5 0.1 0.1", "a line begins with the number of the class"),
         ("0 0.5 0.5 0.1", "3 numbers after the class: a box has 4, a polygon 2 for each"),
@@ -423,6 +423,19 @@ def test_yolo_of_label_studio_and_of_cvat(tmp_path):
     assert together(read(tmp_path / "cvat")[0]) == {"a.jpg": [BOX], "b.jpg": [BOX]}
 
 
+def test_images_of_whose_labels_none_can_be_used_are_counted(tmp_path):
+    simple_yolo(tmp_path, {"odd": "7 0.5 0.5 0.1 0.1", "even": LINE})
+    said = read(tmp_path, "skip")[1]
+    assert "1 images of whose labels none can be used: left without objects" in said
+
+
+def test_a_yaml_without_names_is_not_called_missing(tmp_path):
+    simple_yolo(tmp_path, {"odd": LINE})
+    (tmp_path / "data.yaml").write_text("train: images\nnc: 2\n")
+    with pytest.raises(InputError, match=r"data\.yaml has no `names:`"):
+        read(tmp_path)
+
+
 # ------------------------------------------------------------------------------ CVAT
 
 
@@ -444,11 +457,11 @@ def test_shapes_with_an_extent_become_boxes(tmp_path):
         '<box label="cat" xtl="10" ytl="10" xbr="30" ybr="20" rotation="30"/>'
         '<polygon label="cat" points="10.5,10;30,12;20,40"/>'
         '<ellipse label="cat" cx="20" cy="21" rx="10" ry="5"/>'
-        '<mask label="dog" rle="1, 2" left="3" top="4" width="5" height="6"/><tag label="good"/>'
+        '<mask label="cat" rle="1, 2" left="3" top="4" width="5" height="6"/><tag label="good"/>'
     )
     splits, said, _ = read(simple_cvat(tmp_path, shapes))
     found = together(splits)["a.jpg"]
-    assert [o[0] for o in found] == ["cat", "cat", "cat", "dog"]
+    assert [o[0] for o in found] == ["cat"] * 4
     expected = [
         written.rotated(10, 10, 20, 10, 30, (20, 15)),
         [10.5, 10, 30, 40],
@@ -466,6 +479,7 @@ def test_shapes_with_an_extent_become_boxes(tmp_path):
         ('<box label="cat" xtl="1" ytl="2" xbr="3"/>', "ybr is missing: it must be a number"),
         ('<box label="cat" xtl="1" ytl="2" xbr="3" ybr="4,5"/>', "ybr is '4,5'"),
         ('<box xtl="1" ytl="2" xbr="3" ybr="4"/>', "<box> without label"),
+        ('<box label="dog" xtl="1" ytl="2" xbr="3" ybr="4"/>', "label 'dog'; the task has cat"),
         ('<polygon label="cat" points=""/>', "points is ''"),
         ('<box label="cat" xtl="3" ytl="2" xbr="1" ybr="4"/>', "the width and height of box"),
     ],

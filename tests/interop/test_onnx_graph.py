@@ -139,6 +139,7 @@ VALUES = np.random.default_rng(5).integers(-9, 9, (3, 7)).astype(np.int32)
             (ROWS,),
         ),
         (lambda x: jnp.pad(x, ((0, 0), (2, 1), (0, 0)), constant_values=5), (ROWS,)),
+        (lambda x: jax.vmap(lambda row: tuple(row.T))(x), (ROWS,)),
         (lambda x: (x**3, jnp.exp(x), jax.nn.sigmoid(x), jnp.ceil(x), jnp.sqrt(x * x)), (ROWS,)),
     ],
 )
@@ -157,6 +158,19 @@ def test_a_loop_carries_what_it_changes():
         return lax.fori_loop(0, 3, take, (x[:, 0], jnp.full(4, -1)))
 
     assert_same(jax.vmap(take_three), ROWS)
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        lambda x: lax.scan(lambda total, row: (total + row, None), x[0] * 0, x)[0],
+        lambda x: lax.scan(lambda total, _: (total + 1, total), x, None, length=3)[1],
+    ],
+    ids=["reads", "collects"],
+)
+def test_a_loop_that_reads_or_collects_on_the_way_is_refused(loop):
+    with pytest.raises(InputError, match="'scan'"):
+        convert(jax.vmap(loop), ROWS)
 
 
 def test_what_has_no_rule_is_refused_with_a_way_out():

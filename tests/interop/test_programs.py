@@ -270,7 +270,7 @@ def test_a_canvas_without_a_program_is_named(exported):
 
 
 def test_load_says_how_programs_are_opened(exported):
-    with pytest.raises(InputError, match=r"stablehlo\.Exported"):
+    with pytest.raises(InputError, match=r"docs/export\.md"):
         gfl_jax.load(exported)
 
 

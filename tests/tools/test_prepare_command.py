@@ -91,7 +91,7 @@ def test_faults_end_with_status_1_and_name_file_and_line(tmp_path, capsys):
     labels.write_text("0 0.5 0.5 0.1 0.1\nx\n")
     status, _, errors = run(capsys, tmp_path / "src", tmp_path / "made")
     assert status == 1
-    assert f"labels/all/{labels.name}, line 2: could not convert" in errors
+    assert f"labels/all/{labels.name}, line 2: 'x' is no number" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "made").exists()
     rest = "--config", "gfl_r18_fpn_shapes", "--on-error", "skip"
@@ -100,6 +100,24 @@ def test_faults_end_with_status_1_and_name_file_and_line(tmp_path, capsys):
     assert re.search(r"problem: bad line +1$", said, re.M)
     assert run(capsys, tmp_path / "gone", tmp_path / "other")[0] == 1
     assert run(capsys, tmp_path / "src", tmp_path / "made", "--form", "tfrecord")[0] == 2
+
+
+def test_a_complete_folder_of_other_annotations_is_not_taken_for_these(tmp_path, capsys):
+    written.yolo(tmp_path / "src", written.random_set(3))
+    arguments = tmp_path / "src", tmp_path / "made", "--config", "gfl_r18_fpn_shapes"
+    assert run(capsys, *arguments)[0] == 0
+    status, said, _ = run(capsys, *arguments)
+    assert status == 0
+    assert "is complete: nothing to do" in said and "suggestions for" in said
+    labels = next((tmp_path / "src" / "labels").rglob("*.txt"))
+    labels.write_text("0 0.5 0.5 0.125 0.125\n")
+    for changed in (arguments, (*arguments, "--val-share", "0.6")):
+        status, _, errors = run(capsys, *changed)
+        assert status == 1
+        assert "was made from other annotations or lists of images" in errors
+    status, said, _ = run(capsys, *arguments, "--overwrite", "--on-error", "skip")
+    assert status == 0
+    assert str(tmp_path / "made" / "train" / "report.json") in said
 
 
 def test_where_nothing_can_be_trained_on_no_command_is_suggested(tmp_path, capsys):

@@ -90,7 +90,7 @@ def no_predictions(monkeypatch):
 
 
 def pushed(run, target, *flags):
-    push.main([str(run), str(target), "--license", "mit", "--resamples", "50", *flags])
+    push.main([str(run), str(target), "--license", "mit", "--resamples", "100", *flags])
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +223,8 @@ def test_weights_of_which_nothing_is_known_get_a_card_without_numbers(
         (["--license", "Apache License"], "not spelled as the hub does"),
         (["--license", "other"], "--license-name and --license-link"),
         (["--license", "mit", "--license-name", "x", "--license-link", "y"], "--license other"),
+        (["--license", "mit", "--license-name", "x"], "--license other"),
+        (["--license", "mit", "--resamples", "3"], "--resamples is 3"),
     ],
 )
 def test_the_licence_must_be_given(made, tmp_path, flags, words):
@@ -233,7 +235,7 @@ def test_the_licence_must_be_given(made, tmp_path, flags, words):
 
 def test_a_licence_of_ones_own_has_a_name_and_a_link(made, tmp_path, no_predictions):
     flags = ["--license-name", "my terms", "--license-link", "https://example.org/terms"]
-    push.main([str(made[0]), str(tmp_path / "x"), "--license", "other", *flags, "--resamples", "5"])
+    push.main([str(made[0]), str(tmp_path / "x"), "--license", "other", *flags])
     data = hub.ModelCard.load(tmp_path / "x" / "README.md").data
     assert (data.license, data.license_name) == ("other", "my terms")
 
@@ -242,6 +244,19 @@ def test_a_folder_that_holds_a_detector_is_replaced_only_on_request(made, folder
     with pytest.raises(InputError, match="--update"):
         pushed(made[0], folder)
     pushed(made[0], folder, "--update", "--dataset", "Shapes of push")
+
+
+def test_a_readme_that_is_there_is_not_overwritten(made, tmp_path, no_predictions):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(InputError, match=r"already holds README\.md: .*--update"):
+        pushed(made[0], tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_the_card_of_a_folder_names_no_path_of_this_machine(folder):
+    text = (folder / "README.md").read_text()
+    assert f'gfl_jax.load("./{folder.name}")' in text
+    assert str(folder.parent) not in text and "extra `hub`" not in text
 
 
 @pytest.mark.parametrize("target", ["name", "a/b/c"])

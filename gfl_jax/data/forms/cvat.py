@@ -3,6 +3,7 @@
 import posixpath
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Collection
 from pathlib import Path
 
 from gfl_jax.data.forms.said import Found, ImageFiles, Saying, enclosing, turned, walked
@@ -51,11 +52,13 @@ def read(root: Path, files: list[str], images: str = "") -> Found:
         names = [(name.text or "").strip() for name in tree.iterfind(".//labels/label/name")]
         classes |= dict.fromkeys(name for name in names if name)
         for image in tree.iterfind("image"):
-            _read_image(saying, file, image, images)
+            _read_image(saying, file, image, images, classes)
     return Found(root / files[0], root, saying.lists_by_name(classes), saying.conclusion())
 
 
-def _read_image(saying: Saying, file: str, image: ET.Element, images: str) -> None:
+def _read_image(
+    saying: Saying, file: str, image: ET.Element, images: str, classes: Collection[str]
+) -> None:
     place = f"{file}, {line_of(image)}"
     subset, stated = image.get("subset", ""), image.get("name", "")
     lists = {subset.lower()} if subset else set()
@@ -88,6 +91,9 @@ def _read_image(saying: Saying, file: str, image: ET.Element, images: str) -> No
             saying.problem("not a box", place, detail, lists)
         elif not label:
             saying.problem("no class", place, f"<{shape.tag}> without label", lists)
+        elif classes and label not in classes:
+            detail = f"label {label!r}; the task has {', '.join(classes)}"
+            saying.problem("unknown category", place, detail, lists)
         else:
             if shape.tag != "box" or float(shape.get("rotation", 0)):
                 saying.notes["shapes other than upright boxes: the box around each is taken"] += 1

@@ -67,6 +67,8 @@ def _nothing(root: Path) -> str:
             json.loads((root / file).read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             return f"{looked}. {file} is no valid json: {error}"
+    if yamls := walked(root, (".yaml", ".yml")):
+        return f"{looked}. {yamls[0]} has no `names:`, which a data.yaml of YOLO needs"
     zips = walked(root, (".zip",))
     return looked + (f". Unpack {zips[0]} first" if zips else "")
 

@@ -143,6 +143,11 @@ class Saying:
         self._lists[image_id] |= set(lists)
         return image_id
 
+    @property
+    def count(self) -> int:
+        """Number of objects so far."""
+        return len(self._boxes)
+
     def box(
         self, image_id: int, label: str | int, corners: Sequence[float], place: str, ignore: int = 0
     ) -> None:

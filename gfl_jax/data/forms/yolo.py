@@ -201,19 +201,19 @@ def _read_file(
     except (OSError, ValueError) as error:
         saying.problem("unreadable annotation file", file, str(error), lists)
         return
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    lines_of_objects = [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
+    before = saying.count
+    for number, line in lines_of_objects:
         place = f"{file}, line {number}"
         try:
-            label, *values = map(float, line.split())
+            label, *values = map(_number, line.split())
             label_id, corners = _box(label, values, "kpt_shape" in stated)
         except ValueError as error:
             saying.problem("bad line", place, f"{error}: {line.strip()[:60]!r}", lists)
             continue
         if label_id not in stated["names"]:
-            detail = f"class {label_id}; the classes are {min(stated['names'])} to "
-            detail += f"{max(stated['names'])}" if stated["names"] else "not named"
+            named = ", ".join(map(str, sorted(stated["names"]))) or "none"
+            detail = f"class {label_id} has no name; those with names are {named}"
             saying.problem("unknown category", place, detail, lists)
             continue
         if len(values) > 4 and "kpt_shape" not in stated:
@@ -221,6 +221,15 @@ def _read_file(
         scale = (size[1], size[0]) * 2
         pixels = [share * side for share, side in zip(corners, scale, strict=True)]
         saying.box(image_id, label_id, pixels, place)
+    if lines_of_objects and saying.count == before:
+        saying.notes["images of whose labels none can be used: left without objects"] += 1
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no number such as 0.5") from None
 
 
 def _box(label: float, values: list[float], keypoints: bool) -> tuple[int, list[float]]:
