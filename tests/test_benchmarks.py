@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_the_losses_of_both_sides_are_equal(monkeypatch):
     import torch_side
 
     outputs, batch = random_images(np.random.default_rng(0), 2, 128, 192)
-    ours = Detector().losses(
+    ours = jax.jit(Detector().losses)(
         Outputs(*([jnp.asarray(x) for x in part] for part in outputs)),
         Batch(*map(jnp.asarray, batch)),
     )

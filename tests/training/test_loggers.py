@@ -307,6 +307,7 @@ def followed(linear_network, splits, workdir, log, monkeypatch, kind=Recorder):
     return network
 
 
+@pytest.mark.slow
 def test_a_run_tells_its_numbers_pictures_and_data(linear_network, splits, tmp_path, monkeypatch):
     log = Log(to=("wandb",), pictures=3)
     followed(linear_network, splits, tmp_path, log, monkeypatch)
