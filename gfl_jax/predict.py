@@ -212,8 +212,8 @@ def pixels_of(picture: Any, white: int = 0) -> np.ndarray:
         MissingFileError: there is no such file.
         InputError: it is not an image.
     """
-    if white < 0:
-        raise InputError(f"white is {white}; it must be a value of the image, or 0")
+    if not 0 <= white <= sixteen_bits.WHITE:
+        raise InputError(f"white is {white}; it must be a value of 16 bits, up to 65535, or 0")
     if isinstance(picture, str | os.PathLike):
         file = as_path(picture)
         try:

@@ -27,6 +27,7 @@ from gfl_jax.interop.exported import write_exported
 from gfl_jax.models.fpn import Neck
 from gfl_jax.models.heads import Head
 from gfl_jax.models.network import Backbone, Model, Network
+from gfl_jax.predict import pixels_of
 from gfl_jax.run import Run, describe
 from gfl_jax.training.evaluator import make_predict, predict_all
 
@@ -360,3 +361,9 @@ def test_an_exported_onnx_folder_is_not_taken_for_checkpoints(tmp_path):
     for source in (tmp_path, tmp_path / "64x96_detections.onnx"):
         with pytest.raises(InputError, match="holds compiled programs"):
             gfl_jax.load(source)
+
+
+@pytest.mark.parametrize("white", [-1, 65536])
+def test_a_white_beyond_16_bits_is_refused(white):
+    with pytest.raises(InputError, match=f"white is {white}"):
+        pixels_of(np.zeros((8, 8, 3), np.uint8), white)
